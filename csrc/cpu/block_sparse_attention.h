@@ -1,0 +1,54 @@
+// What the driver (block_sparse_attention.cpp) and the kernels of each instruction set share.
+#pragma once
+#include <cstdint>
+
+#include "../common/params.h"
+
+namespace sparse_attn {
+
+constexpr int kGroupKeys = 32;  // keys in a group
+constexpr int kMaxRows = 128;   // query rows in a tile
+
+// Up to 32 keys that a tile attends to. Slots that no row may see have neither bit set.
+struct KeyGroup {
+  const int32_t* tokens;  // key position per slot (unused slots repeat a valid one), or null:
+  int32_t first;          // slot s holds key first + s, a multiple of 32 with first + 31 < Tk
+  uint32_t everyone;      // slots that all rows may see, causality apart
+  uint32_t windowed;      // slots seen by the rows whose window reaches them
+};
+
+// Query rows that share one index row and one KV head.
+// Row r is query (query + r % queries) of head (head + r / queries).
+struct QueryTile {
+  int64_t batch, kv_head;
+  int64_t head, heads;
+  int64_t query, queries;
+
+  int64_t rows() const { return heads * queries; }
+};
+
+// One implementation. Buffers handed to it are aligned to 64 bytes; tensor data need not be.
+struct AttentionKernel {
+  // bytes of the per-call copy of the values of one (batch, KV head); 0: reads them in place
+  int64_t (*packed_bytes)(const BlockSparseAttentionParams&);
+  // packs the values of key groups [group_begin, group_end)
+  void (*pack)(const BlockSparseAttentionParams&, int64_t batch, int64_t kv_head,
+               int64_t group_begin, int64_t group_end, void* packed);
+  int64_t (*scratch_bytes)(const BlockSparseAttentionParams&);
+  // `packed` is null where too few rows would repay the packing.
+  // `partial` null: writes out and lse. Otherwise writes per row Dv unnormalised floats, then the
+  // maximum it subtracted (scale included, natural units; kNoKey if no key was seen) and the sum.
+  void (*tile)(const BlockSparseAttentionParams&, const QueryTile&, const KeyGroup*,
+               int64_t n_groups, const void* packed, void* scratch, float* partial);
+};
+
+constexpr float kNoKey = -1e30f;
+
+// bf16 only
+extern const AttentionKernel kAttentionAmx, kAttentionAvx512Bf16;
+// every dtype
+extern const AttentionKernel kAttentionAvx512, kAttentionAvx2, kAttentionPortable;
+// every dtype, few rows: bound by memory, reads keys and values once and in place
+extern const AttentionKernel kDecodeAvx512, kDecodeAvx2, kDecodePortable;
+
+}  // namespace sparse_attn
