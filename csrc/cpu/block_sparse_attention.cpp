@@ -1,0 +1,279 @@
+// Driver: cuts the call into tiles, deals them to threads, joins what was split over keys.
+#include "block_sparse_attention.h"
+
+#include <atomic>
+#include <cmath>
+#include <cstdlib>
+#include <limits>
+#include <memory>
+#include <optional>
+#include <tuple>
+
+#include "../common/stable.h"
+#include "cpu_isa.h"
+#include "dtype_convert.h"
+#include "key_groups.h"
+
+namespace sparse_attn {
+namespace {
+
+using Params = BlockSparseAttentionParams;
+
+constexpr int64_t kDecodeRows = 4;      // up to here the decode kernel beats a mostly empty tile
+constexpr int64_t kSplitGroups = 128;   // keys per split: 128 groups of 32
+constexpr int64_t kSplitBelow = 64;     // calls with fewer tiles are split over keys
+
+struct Kernels {
+  const AttentionKernel* prefill;
+  const AttentionKernel* decode;
+};
+
+Kernels choose_kernels(const Params& p) {
+#if defined(__x86_64__)
+  const CpuIsa isa = cpu_isa();
+  const bool bf16 = p.dtype == DType::bf16;
+  if (isa == CpuIsa::amx && bf16) return {&kAttentionAmx, &kDecodeAvx512};
+  if (isa == CpuIsa::avx512bf16 && bf16) return {&kAttentionAvx512Bf16, &kDecodeAvx512};
+  if (isa >= CpuIsa::avx512) return {&kAttentionAvx512, &kDecodeAvx512};
+  if (isa == CpuIsa::avx2) return {&kAttentionAvx2, &kDecodeAvx2};
+#endif
+  return {&kAttentionPortable, &kDecodePortable};
+}
+
+struct Free {
+  void operator()(void* p) const { std::free(p); }
+};
+using Buffer = std::unique_ptr<char[], Free>;
+
+Buffer allocate(int64_t bytes) {
+  const size_t rounded = (static_cast<size_t>(bytes) + 63) / 64 * 64 + 64;
+  char* p = static_cast<char*>(std::aligned_alloc(64, rounded));
+  SA_CHECK(p != nullptr, "out of memory: ", bytes, " bytes of scratch");
+  return Buffer(p);
+}
+
+struct Work {
+  QueryTile tile;
+  int64_t tokens;  // upper bound of the keys it attends to
+};
+
+int64_t tokens_of(const Params& p, const QueryTile& t) {
+  int64_t n = p.sink + p.window;
+  if (p.K > 0)
+    n += p.kv_block * p.counts[t.batch * p.counts_stride[0] +
+                               index_head(p, t.head) * p.counts_stride[1] +
+                               t.query / p.q_block * p.counts_stride[2]];
+  const int64_t reach = p.causal ? p.Tk - p.Tq + t.query + t.queries : p.Tk;
+  return std::clamp<int64_t>(n, 0, std::max<int64_t>(reach, 0));
+}
+
+std::vector<Work> make_tiles(const Params& p) {
+  const int64_t group = p.Hq / p.Hkv;
+  const bool shared = p.K == 0 || p.Hi != p.Hq || p.Hq == p.Hkv * p.Hi;
+  int64_t step = p.K == 0 ? kMaxRows : p.q_block;
+  if (!p.causal && p.window > 0) step = 1;
+  const int64_t queries = std::min(step, p.Tq);
+  const int64_t heads = shared ? std::clamp<int64_t>(kMaxRows / queries, 1, group) : 1;
+  std::vector<Work> tiles;
+  for (int64_t b = 0; b < p.B; ++b)
+    for (int64_t kv = 0; kv < p.Hkv; ++kv)
+      for (int64_t h = kv * group; h < (kv + 1) * group; h += heads)
+        for (int64_t q = 0; q < p.Tq; q += step) {
+          const QueryTile t{b, kv, h, std::min(heads, (kv + 1) * group - h), q,
+                            std::min(step, p.Tq - q)};
+          tiles.push_back({t, tokens_of(p, t)});
+        }
+  // longest first, so that no thread is left with a long row at the end
+  std::stable_sort(tiles.begin(), tiles.end(),
+                   [](const Work& a, const Work& b) { return a.tokens > b.tokens; });
+  return tiles;
+}
+
+// Runs body(i, thread's own state) for i in [0, n), dealt one by one.
+template <class MakeState, class Body>
+void deal(int64_t n, MakeState make_state, Body body) {
+  std::atomic<int64_t> next{0};
+  const int64_t threads = std::min<int64_t>(n, torch::stable::get_num_threads());
+  torch::stable::parallel_for(0, threads, 1, [&](int64_t, int64_t) {
+    auto state = make_state();
+    for (int64_t i; (i = next.fetch_add(1)) < n;) body(i, state);
+  });
+}
+
+void check_index(const Params& p) {
+  if (p.K == 0) return;
+  const int64_t blocks = (p.Tk + p.kv_block - 1) / p.kv_block, rows = p.B * p.Hi * p.Mq;
+  std::atomic<int64_t> bad_count{-1}, bad_row{-1};
+  torch::stable::parallel_for(0, rows, 64, [&](int64_t begin, int64_t end) {
+    for (int64_t r = begin; r < end; ++r) {
+      const int64_t m = r % p.Mq, h = r / p.Mq % p.Hi, b = r / p.Mq / p.Hi;
+      const int32_t n =
+          p.counts[b * p.counts_stride[0] + h * p.counts_stride[1] + m * p.counts_stride[2]];
+      if (n < 0 || n > p.K) {
+        bad_count = r;
+        return;
+      }
+      const int32_t* ids = p.indices + b * p.indices_stride[0] + h * p.indices_stride[1] +
+                           m * p.indices_stride[2];
+      int64_t previous = -1;
+      for (int32_t i = 0; i < n; previous = ids[i++])
+        if (ids[i] <= previous || ids[i] >= blocks) bad_row = r;
+    }
+  });
+  const auto where = [&](int64_t r) {
+    return "[" + std::to_string(r / p.Mq / p.Hi) + ", " + std::to_string(r / p.Mq % p.Hi) + ", " +
+           std::to_string(r % p.Mq) + "]";
+  };
+  SA_CHECK(bad_count < 0, "counts: the value at ", where(bad_count),
+           " is negative or larger than the capacity of indices, ", p.K);
+  SA_CHECK(bad_row < 0, "indices: row ", where(bad_row),
+           " must be ascending, unique block ids in [0, ", blocks, ")");
+}
+
+// Values are packed once where more than one tile reads the average key.
+std::vector<Buffer> pack_values(const Params& p, const AttentionKernel& kernel,
+                                const std::vector<Work>& tiles) {
+  const int64_t bytes = kernel.packed_bytes(p);
+  int64_t reads = 0;
+  for (const Work& w : tiles)
+    if (w.tile.rows() > kDecodeRows) reads += w.tokens;
+  std::vector<Buffer> packed(p.B * p.Hkv);
+  if (bytes == 0 || reads < 2 * p.Tk * p.B * p.Hkv) return packed;
+  for (Buffer& buffer : packed) buffer = allocate(bytes);
+  const int64_t groups = (p.Tk + kGroupKeys - 1) / kGroupKeys, piece = 64;
+  const int64_t pieces = (groups + piece - 1) / piece;
+  deal(pieces * p.B * p.Hkv, [] { return 0; }, [&](int64_t i, int) {
+    const int64_t bh = i / pieces, begin = i % pieces * piece;
+    kernel.pack(p, bh / p.Hkv, bh % p.Hkv, begin, std::min(groups, begin + piece),
+                packed[bh].get());
+  });
+  return packed;
+}
+
+// Joins the partial results of the splits of one row.
+void combine_row(const Params& p, const float* const* parts, int64_t n_parts, int64_t batch,
+                 int64_t head, int64_t query, float* sum) {
+  float top = kNoKey;
+  for (int64_t s = 0; s < n_parts; ++s) top = std::max(top, parts[s][p.Dv]);
+  float total = 0;
+  std::fill(sum, sum + p.Dv, 0.0f);
+  for (int64_t s = 0; s < n_parts; ++s) {
+    const float w = std::exp(parts[s][p.Dv] - top), l = parts[s][p.Dv + 1];
+    if (l == 0) continue;
+    total += w * l;
+    for (int64_t d = 0; d < p.Dv; ++d) sum[d] += w * parts[s][d];
+  }
+  const float inverse = total == 0 ? 0 : 1 / total;
+  p.lse[(batch * p.Hq + head) * p.Tq + query] =
+      total == 0 ? -std::numeric_limits<float>::infinity() : top + std::log(total);
+  const int64_t at = batch * p.out_stride[0] + head * p.out_stride[1] + query * p.out_stride[2];
+  for (int64_t d = 0; d < p.Dv; ++d) store_as(p.dtype, p.out, at + d, sum[d] * inverse);
+}
+
+struct State {
+  Buffer scratch;
+  KeyGroups groups;
+};
+
+void run(const Params& p) {
+  const Kernels kernels = choose_kernels(p);
+  const std::vector<Work> tiles = make_tiles(p);
+  const auto n_tiles = static_cast<int64_t>(tiles.size());
+  const std::vector<Buffer> packed = pack_values(p, *kernels.prefill, tiles);
+  const int64_t scratch =
+      std::max(kernels.prefill->scratch_bytes(p), kernels.decode->scratch_bytes(p));
+
+  const auto run_tile = [&](const QueryTile& t, const KeyGroup* groups, int64_t n, void* buffer,
+                            float* partial) {
+    const bool few = t.rows() <= kDecodeRows;
+    (few ? kernels.decode : kernels.prefill)
+        ->tile(p, t, groups, n, packed[t.batch * p.Hkv + t.kv_head].get(), buffer, partial);
+  };
+
+  if (n_tiles >= kSplitBelow) {
+    deal(n_tiles, [&] { return State{allocate(scratch), {}}; }, [&](int64_t i, State& state) {
+      state.groups.build(p, tiles[i].tile);
+      run_tile(tiles[i].tile, state.groups.data(), state.groups.size(), state.scratch.get(),
+               nullptr);
+    });
+    return;
+  }
+
+  // few tiles: split each over its keys. The splits depend on the shapes alone, so the result
+  // does not change with the number of threads.
+  struct Piece {
+    int64_t tile, begin, end;
+  };
+  std::vector<KeyGroups> groups(n_tiles);
+  deal(n_tiles, [] { return 0; }, [&](int64_t i, int) { groups[i].build(p, tiles[i].tile); });
+  std::vector<Piece> pieces;
+  std::vector<int64_t> first_piece(n_tiles + 1), row_base(n_tiles + 1);
+  for (int64_t i = 0; i < n_tiles; ++i) {
+    const int64_t n = groups[i].size(), splits = std::max<int64_t>(1, n / kSplitGroups);
+    for (int64_t s = 0; s < splits; ++s) pieces.push_back({i, n * s / splits, n * (s + 1) / splits});
+    first_piece[i + 1] = static_cast<int64_t>(pieces.size());
+    row_base[i + 1] = row_base[i] + (splits > 1 ? splits * tiles[i].tile.rows() : 0);
+  }
+  const int64_t row_floats = p.Dv + 2;
+  const Buffer partials = allocate(row_base[n_tiles] * row_floats * sizeof(float));
+  auto* const base = reinterpret_cast<float*>(partials.get());
+  const auto partial_of = [&](int64_t tile, int64_t split) {
+    return base + (row_base[tile] + split * tiles[tile].tile.rows()) * row_floats;
+  };
+  deal(static_cast<int64_t>(pieces.size()), [&] { return allocate(scratch); },
+       [&](int64_t i, const Buffer& buffer) {
+         const Piece& piece = pieces[i];
+         const bool whole = first_piece[piece.tile + 1] - first_piece[piece.tile] == 1;
+         run_tile(tiles[piece.tile].tile, groups[piece.tile].data() + piece.begin,
+                  piece.end - piece.begin, buffer.get(),
+                  whole ? nullptr : partial_of(piece.tile, i - first_piece[piece.tile]));
+       });
+  deal(n_tiles, [&] { return std::vector<float>(p.Dv); }, [&](int64_t i, std::vector<float>& sum) {
+    const QueryTile& t = tiles[i].tile;
+    const int64_t splits = first_piece[i + 1] - first_piece[i];
+    if (splits == 1) return;
+    std::vector<const float*> parts(splits);
+    for (int64_t r = 0; r < t.rows(); ++r) {
+      for (int64_t s = 0; s < splits; ++s) parts[s] = partial_of(i, s) + r * row_floats;
+      combine_row(p, parts.data(), splits, t.batch, t.head + r / t.queries,
+                  t.query + r % t.queries, sum.data());
+    }
+  });
+}
+
+std::tuple<Tensor, Tensor> block_sparse_attention(Tensor query, Tensor key, Tensor value,
+                                                  Tensor indices, Tensor counts, int64_t q_block,
+                                                  int64_t kv_block, bool causal, int64_t sink,
+                                                  int64_t window, std::optional<double> scale) {
+  Params p{};
+  p.B = query.size(0), p.Hq = query.size(1), p.Tq = query.size(2), p.D = query.size(3);
+  p.Hkv = key.size(1), p.Tk = key.size(2), p.Dv = value.size(3);
+  p.Hi = indices.size(1), p.Mq = indices.size(2), p.K = indices.size(3);
+  p.q_block = q_block, p.kv_block = kv_block;
+  p.sink = std::min(sink, p.Tk), p.window = std::min(window, p.Tk + p.Tq), p.causal = causal;
+  p.scale = static_cast<float>(scale.value_or(1.0 / std::sqrt(static_cast<double>(p.D))));
+  p.dtype = dtype_of(query);
+  query = last_dim_contiguous(query), key = last_dim_contiguous(key);
+  value = last_dim_contiguous(value), indices = last_dim_contiguous(indices);
+  Tensor out = torch::stable::new_empty(query, {p.B, p.Hq, p.Tq, p.Dv});
+  Tensor lse = torch::stable::new_empty(query, {p.B, p.Hq, p.Tq}, ScalarType::Float);
+  p.query = query.const_data_ptr(), p.key = key.const_data_ptr(), p.value = value.const_data_ptr();
+  p.indices = indices.const_data_ptr<int32_t>(), p.counts = counts.const_data_ptr<int32_t>();
+  p.out = out.mutable_data_ptr(), p.lse = lse.mutable_data_ptr<float>();
+  for (int i = 0; i < 3; ++i) {
+    p.query_stride[i] = query.stride(i), p.key_stride[i] = key.stride(i);
+    p.value_stride[i] = value.stride(i), p.out_stride[i] = out.stride(i);
+    p.indices_stride[i] = indices.stride(i), p.counts_stride[i] = counts.stride(i);
+  }
+  check_index(p);
+  run(p);
+  return {out, lse};
+}
+
+}  // namespace
+
+SA_LIBRARY_IMPL(CPU, m) {
+  m.impl("block_sparse_attention.cpp", TORCH_BOX(&block_sparse_attention));
+}
+
+}  // namespace sparse_attn

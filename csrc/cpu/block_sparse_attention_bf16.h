@@ -1,0 +1,516 @@
+// The bf16 tile kernel, shared by the AMX and the AVX512-BF16 unit.
+//
+// Queries stand in SIMD lanes: a tile computes S^T = K Q^T and O^T += V^T P^T, so that the softmax
+// works lane by lane and K is read where it lies. Both products contract over pairs of bf16, hence
+//   Q   [lane block][2][D / 2][16]            packed once per tile
+//   P   [group][lane block][2][16 pairs][16]  written by the softmax
+//   V^T [group][Dv][32 keys]                  packed once per call, or per tile
+//
+// The work is a sequence of units: 32 keys times a lane block of 32 queries. While the vector ports
+// exponentiate one unit, `Engine` computes the scores of the next and the sums of the chunk before.
+#pragma once
+#include <cmath>
+#include <cstring>
+
+#include "avx512_util.h"
+#include "block_sparse_attention.h"
+
+namespace sparse_attn {
+namespace {
+
+using Params = BlockSparseAttentionParams;
+
+constexpr int kChunk = 4;    // groups whose P is kept before it is multiplied by V
+constexpr int kLanes = 32;   // queries of a lane block: two vectors
+constexpr int kBlocks = kMaxRows / kLanes;
+constexpr int kMaxJobs = 64;
+
+// out [32 d][32] += values[i] [32 d][32 keys] * p[i] [2][16 pairs][16] over i < n
+struct SumJob {
+  float* out;
+  int n;
+  const uint16_t* values[kChunk];
+  const uint32_t* p[kChunk];
+};
+
+// not std::min: a template of the standard library compiled here could serve older machines too
+template <class T, class U>
+inline T lesser(T a, U b) {
+  return a < static_cast<T>(b) ? a : static_cast<T>(b);
+}
+template <class T, class U>
+inline T greater(T a, U b) {
+  return a > static_cast<T>(b) ? a : static_cast<T>(b);
+}
+
+inline int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
+inline int64_t padded_d(const Params& p) { return round_up(p.D, 32); }
+inline int64_t padded_dv(const Params& p) { return round_up(p.Dv, 32); }
+
+// V^T of one group: [padded Dv][32 keys]; keys beyond `n` and columns beyond Dv become zero
+template <class RowOf>
+inline void transpose_values(const Params& p, RowOf row_of, int n, uint16_t* out) {
+  const __m512i low = _mm512_set_epi16(
+      47, 15, 46, 14, 45, 13, 44, 12, 43, 11, 42, 10, 41, 9, 40, 8, 39, 7, 38, 6, 37, 5, 36, 4, 35,
+      3, 34, 2, 33, 1, 32, 0);
+  const __m512i high = _mm512_add_epi16(low, _mm512_set1_epi16(16));
+  for (int64_t d = 0; d < padded_dv(p); d += 32) {
+    const __mmask32 mask = first_halves(p.Dv - d);
+    __m512i a[16], b[16];  // key pairs of columns d .. d + 15 and d + 16 .. d + 31
+    for (int k = 0; k < 16; ++k) {
+      const __m512i x = 2 * k < n ? _mm512_maskz_loadu_epi16(mask, row_of(2 * k) + d)
+                                  : _mm512_setzero_si512();
+      const __m512i y = 2 * k + 1 < n ? _mm512_maskz_loadu_epi16(mask, row_of(2 * k + 1) + d)
+                                      : _mm512_setzero_si512();
+      a[k] = _mm512_permutex2var_epi16(x, low, y);
+      b[k] = _mm512_permutex2var_epi16(x, high, y);
+    }
+    transpose16(a);
+    transpose16(b);
+    for (int k = 0; k < 16; ++k) {
+      _mm512_store_si512(out + (d + k) * kGroupKeys, a[k]);
+      _mm512_store_si512(out + (d + 16 + k) * kGroupKeys, b[k]);
+    }
+  }
+}
+
+inline const uint16_t* row(const void* base, const int64_t stride[3], int64_t b, int64_t h,
+                           int64_t t) {
+  return static_cast<const uint16_t*>(base) + b * stride[0] + h * stride[1] + t * stride[2];
+}
+
+int64_t packed_bytes(const Params& p) {
+  return round_up(p.Tk, kGroupKeys) * padded_dv(p) * static_cast<int64_t>(sizeof(uint16_t));
+}
+
+void pack(const Params& p, int64_t batch, int64_t kv_head, int64_t begin, int64_t end,
+          void* packed) {
+  for (int64_t g = begin; g < end; ++g) {
+    const int64_t n = lesser(kGroupKeys, p.Tk - g * kGroupKeys);
+    transpose_values(
+        p,
+        [&](int k) { return row(p.value, p.value_stride, batch, kv_head, g * kGroupKeys + k); },
+        static_cast<int>(n),
+        static_cast<uint16_t*>(packed) + g * kGroupKeys * padded_dv(p));
+  }
+}
+
+struct Scratch {
+  uint32_t* q;          // [kBlocks][2][padded D / 2][16]
+  float* scores[2];     // [32 keys][kLanes]
+  uint32_t* p[2];       // [kChunk][kBlocks][2][16][16]
+  float* out;           // [kBlocks][padded Dv][kLanes]
+  uint16_t* keys[2];    // [kChunk][32][padded D]
+  uint16_t* values[2];  // [kChunk][padded Dv][32]
+  float* max;           // [kMaxRows] raw score that was subtracted
+  float* sum;           // [kMaxRows]
+  int32_t* position;    // [kMaxRows]
+
+  static int64_t layout(const Params& p, char* base, Scratch* s) {
+    char* at = base;
+    const auto take = [&at](auto*& pointer, int64_t bytes) {
+      pointer = reinterpret_cast<decltype(+pointer)>(at);
+      at += round_up(bytes, 64);
+    };
+    Scratch t;
+    take(t.q, kMaxRows * padded_d(p) * 2);
+    take(t.out, kMaxRows * padded_dv(p) * 4);
+    for (int i = 0; i < 2; ++i) {
+      take(t.scores[i], kGroupKeys * kLanes * 4);
+      take(t.p[i], kChunk * kGroupKeys * kMaxRows * 2);
+      take(t.keys[i], kChunk * kGroupKeys * padded_d(p) * 2);
+      take(t.values[i], kChunk * kGroupKeys * padded_dv(p) * 2);
+    }
+    take(t.max, kMaxRows * 4);
+    take(t.sum, kMaxRows * 4);
+    take(t.position, kMaxRows * 4);
+    if (s != nullptr) *s = t;
+    return at - base;
+  }
+};
+
+int64_t scratch_bytes(const Params& p) { return Scratch::layout(p, nullptr, nullptr); }
+
+// One group of a chunk, ready to be multiplied.
+struct Operand {
+  const KeyGroup* group;
+  const uint16_t* key;    // rows of key_stride elements
+  int64_t key_stride;
+  const uint16_t* value;  // [padded Dv][32]
+  int32_t first, last;    // smallest and largest key position
+};
+
+template <class Engine>
+class Tile {
+ public:
+  Tile(const Params& p, const QueryTile& tile, const void* packed, void* scratch)
+      : p_(p), tile_(tile), packed_(static_cast<const uint16_t*>(packed)),
+        factor_(std::fabs(p.scale) * 1.44269504088896341f) {
+    Scratch::layout(p, static_cast<char*>(scratch), &s_);
+    blocks_ = static_cast<int>((tile.rows() + kLanes - 1) / kLanes);
+    pack_queries();
+    start_rows();
+  }
+
+  void run(const KeyGroup* groups, int64_t n) {
+    groups_ = groups;
+    n_groups_ = n;
+    Unit now;
+    if (n == 0 || !find(now)) return;
+    start_scores(now, 0);
+    engine_.finish_scores();
+    for (int buffer = 0;; buffer ^= 1) {
+      Unit next = now;
+      ++next.block;
+      const bool more = find(next);
+      if (more) start_scores(next, buffer ^ 1);
+      exponentiate(now, s_.scores[buffer]);
+      engine_.finish_scores();
+      if (!more || next.chunk != now.chunk) queue_sums(static_cast<int>(now.chunk & 1));
+      if (!more) break;
+      now = next;
+    }
+    engine_.drain();
+  }
+
+  void finish(float* partial) {
+    for (int block = 0; block < blocks_; ++block)
+      for (int v = 0; v < 2; ++v)
+        for (int64_t d = 0; d < p_.Dv; d += 16) store_rows(block, v, d, partial);
+    for (int64_t r = 0; r < tile_.rows(); ++r) {
+      const float natural = s_.max[r] * std::fabs(p_.scale);
+      const bool none = s_.sum[r] == 0;
+      if (partial != nullptr) {
+        partial[r * (p_.Dv + 2) + p_.Dv] = none ? kNoKey : natural;
+        partial[r * (p_.Dv + 2) + p_.Dv + 1] = s_.sum[r];
+      } else {
+        p_.lse[(tile_.batch * p_.Hq + head_of(r)) * p_.Tq + query_of(r)] =
+            none ? -INFINITY : natural + std::log(s_.sum[r]);
+      }
+    }
+  }
+
+ private:
+  struct Unit {
+    int64_t chunk = 0;
+    int group = 0, block = 0;  // group within the chunk
+  };
+
+  int64_t head_of(int64_t r) const { return tile_.head + r / tile_.queries; }
+  int64_t query_of(int64_t r) const { return tile_.query + r % tile_.queries; }
+
+  void pack_queries() {
+    const __m512i sign = _mm512_set1_epi16(p_.scale < 0 ? static_cast<short>(0x8000) : 0);
+    for (int64_t lane = 0; lane < blocks_ * kLanes; lane += 16) {
+      for (int64_t d = 0; d < padded_d(p_); d += 32) {
+        const __mmask32 mask = first_halves(p_.D - d);
+        __m512i r[16];
+        for (int i = 0; i < 16; ++i) {
+          const int64_t n = lane + i;
+          r[i] = n < tile_.rows()
+                     ? _mm512_xor_si512(sign, _mm512_maskz_loadu_epi16(
+                                                  mask, row(p_.query, p_.query_stride, tile_.batch,
+                                                            head_of(n), query_of(n)) + d))
+                     : _mm512_setzero_si512();
+        }
+        transpose16(r);
+        uint32_t* to = s_.q + (lane * padded_d(p_) + d * 16) / 2;
+        for (int i = 0; i < 16; ++i) _mm512_store_si512(to + i * 16, r[i]);
+      }
+    }
+  }
+
+  void start_rows() {
+    std::memset(s_.out, 0, blocks_ * kLanes * padded_dv(p_) * sizeof(float));
+    for (int block = 0; block < blocks_; ++block) {
+      lowest_[block] = INT32_MAX;
+      highest_[block] = INT32_MIN;
+      for (int r = block * kLanes; r < (block + 1) * kLanes; ++r) {
+        s_.max[r] = kNoKey;
+        s_.sum[r] = 0;
+        // empty lanes repeat the last row, so that they never force a mask
+        const int64_t real = lesser(static_cast<int64_t>(r), tile_.rows() - 1);
+        s_.position[r] = static_cast<int32_t>(p_.Tk - p_.Tq + query_of(real));
+        lowest_[block] = lesser(lowest_[block], s_.position[r]);
+        highest_[block] = greater(highest_[block], s_.position[r]);
+      }
+    }
+  }
+
+  // Moves u to the first unit at or after it that has a visible key; prepares chunks it enters.
+  bool find(Unit& u) {
+    for (;; ++u.block) {
+      if (u.block == blocks_) {
+        u.block = 0;
+        ++u.group;
+      }
+      if (u.group == kChunk) {
+        u.group = 0;
+        ++u.chunk;
+      }
+      const int64_t g = u.chunk * kChunk + u.group;
+      if (g >= n_groups_) return false;
+      if (u.chunk == prepared_) prepare_chunk(prepared_++);
+      const Operand& o = operands_[u.chunk & 1][u.group];
+      if (!p_.causal || o.first <= highest_[u.block]) return true;
+    }
+  }
+
+  void prepare_chunk(int64_t chunk) {
+    engine_.drain();  // sums of the chunk before the last may still read what is overwritten here
+    const int side = static_cast<int>(chunk & 1);
+    const int64_t end = lesser(n_groups_, (chunk + 1) * kChunk);
+    for (int64_t g = chunk * kChunk; g < end; ++g)
+      operands_[side][g - chunk * kChunk] =
+          prepare(groups_[g], side, static_cast<int>(g - chunk * kChunk));
+  }
+
+  Operand prepare(const KeyGroup& g, int side, int slot) {
+    Operand o;
+    o.group = &g;
+    const bool in_place = g.tokens == nullptr;
+    const auto token = [&](int k) { return in_place ? g.first + k : g.tokens[k]; };
+    const auto key_row = [&](int k) {
+      return row(p_.key, p_.key_stride, tile_.batch, tile_.kv_head, token(k));
+    };
+    o.first = token(0);
+    o.last = token(kGroupKeys - 1);
+    if (!in_place) {
+      for (int k = 0; k < kGroupKeys; ++k) {
+        o.first = lesser(o.first, token(k));
+        o.last = greater(o.last, token(k));
+      }
+    }
+    if (in_place && p_.D % 32 == 0) {
+      o.key = key_row(0);
+      o.key_stride = p_.key_stride[2];
+    } else {
+      uint16_t* to = s_.keys[side] + slot * kGroupKeys * padded_d(p_);
+      for (int k = 0; k < kGroupKeys; ++k)
+        for (int64_t d = 0; d < padded_d(p_); d += 32)
+          _mm512_store_si512(to + k * padded_d(p_) + d,
+                             _mm512_maskz_loadu_epi16(first_halves(p_.D - d), key_row(k) + d));
+      o.key = to;
+      o.key_stride = padded_d(p_);
+    }
+    if (in_place && packed_ != nullptr) {
+      o.value = packed_ + g.first * padded_dv(p_);
+    } else {
+      uint16_t* to = s_.values[side] + slot * kGroupKeys * padded_dv(p_);
+      transpose_values(
+          p_,
+          [&](int k) { return row(p_.value, p_.value_stride, tile_.batch, tile_.kv_head, token(k)); },
+          kGroupKeys, to);
+      o.value = to;
+    }
+    return o;
+  }
+
+  void start_scores(const Unit& u, int buffer) {
+    const Operand& o = operands_[u.chunk & 1][u.group];
+    engine_.start_scores(o.key, o.key_stride, s_.q + u.block * kLanes * padded_d(p_) / 2,
+                         padded_d(p_), s_.scores[buffer]);
+  }
+
+  uint32_t* p_of(int side, int group, int block) const {
+    return s_.p[side] + (group * kBlocks + block) * kGroupKeys * kLanes / 2;
+  }
+
+  // Hands P of the groups of one lane block, so far not summed, to the engine.
+  void queue_sums(int side, int block) {
+    if (waiting_[block] == 0) return;
+    SumJob job;
+    job.n = waiting_[block];
+    for (int64_t d = 0; d < padded_dv(p_); d += 32) {
+      job.out = s_.out + (block * padded_dv(p_) + d) * kLanes;
+      for (int i = 0; i < job.n; ++i) {
+        const int group = waiting_group_[block][i];
+        job.values[i] = operands_[side][group].value + d * kGroupKeys;
+        job.p[i] = p_of(side, group, block);
+      }
+      engine_.add(job);
+    }
+    waiting_[block] = 0;
+  }
+
+  void queue_sums(int side) {
+    engine_.drain();
+    for (int block = 0; block < blocks_; ++block) queue_sums(side, block);
+  }
+
+  void exponentiate(const Unit& u, const float* scores) {
+    const Operand& o = operands_[u.chunk & 1][u.group];
+    const int side = static_cast<int>(u.chunk & 1);
+    uint32_t* p = p_of(side, u.group, u.block);
+    if (o.group->everyone != ~0u || (p_.causal && o.last > lowest_[u.block])) {
+      mask(*o.group, u.block);
+      exponentiate_lanes<true>(u, scores, p);
+    } else {
+      exponentiate_lanes<false>(u, scores, p);
+    }
+    waiting_group_[u.block][waiting_[u.block]++] = u.group;
+  }
+
+  // bit l of allowed_[key][v]: lane l of vector v may see the key
+  void mask(const KeyGroup& g, int block) {
+    const auto window = static_cast<int32_t>(p_.window);
+    for (int v = 0; v < 2; ++v) {
+      const __m512i at = _mm512_load_si512(s_.position + block * kLanes + v * 16);
+      const __m512i before_window = _mm512_sub_epi32(at, _mm512_set1_epi32(window));
+      for (int k = 0; k < kGroupKeys; ++k) {
+        const __m512i j = _mm512_set1_epi32(g.tokens == nullptr ? g.first + k : g.tokens[k]);
+        __mmask16 m = 0;
+        if (g.everyone >> k & 1)
+          m = 0xffff;
+        else if (g.windowed >> k & 1)
+          m = _mm512_cmpgt_epi32_mask(j, before_window);
+        if (p_.causal) m &= _mm512_cmple_epi32_mask(j, at);
+        allowed_[k][v] = m;
+      }
+    }
+  }
+
+  template <bool kMasked>
+  void exponentiate_lanes(const Unit& u, const float* scores, uint32_t* p) {
+    const __m512 low = _mm512_set1_ps(-3.4e38f);
+    __m512 top[2][2] = {{low, low}, {low, low}};
+    for (int k = 0; k < kGroupKeys; k += 2) {
+      for (int i = 0; i < 4; ++i) {
+        const int key = k + i / 2, v = i % 2;
+        const __m512 x = _mm512_load_ps(scores + key * kLanes + v * 16);
+        __m512& t = top[v][i / 2];
+        t = kMasked ? _mm512_mask_max_ps(t, allowed_[key][v], t, x) : _mm512_max_ps(t, x);
+      }
+    }
+    raise_max(u, _mm512_max_ps(top[0][0], top[0][1]), _mm512_max_ps(top[1][0], top[1][1]));
+
+    const __m512 factor = _mm512_set1_ps(factor_);
+    const __m512i interleave = _mm512_set_epi16(
+        31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6, 21, 5, 20, 4,
+        19, 3, 18, 2, 17, 1, 16, 0);
+    float* const totals = s_.sum + u.block * kLanes;
+    __m512 base[2], total[2][2];
+    for (int v = 0; v < 2; ++v) {
+      base[v] = _mm512_mul_ps(_mm512_load_ps(s_.max + u.block * kLanes + v * 16), factor);
+      total[v][0] = _mm512_load_ps(totals + v * 16);
+      total[v][1] = _mm512_setzero_ps();
+    }
+    for (int k = 0; k < kGroupKeys; k += 2) {
+      if (k % 4 == 0) {
+        engine_.tick();
+        prefetch(u, k / 4);
+      }
+      for (int v = 0; v < 2; ++v) {
+        const float* s = scores + k * kLanes + v * 16;
+        __m512 x = exp2_bf16(_mm512_fmsub_ps(_mm512_load_ps(s), factor, base[v]));
+        __m512 y = exp2_bf16(_mm512_fmsub_ps(_mm512_load_ps(s + kLanes), factor, base[v]));
+        if (kMasked) {
+          x = _mm512_maskz_mov_ps(allowed_[k][v], x);
+          y = _mm512_maskz_mov_ps(allowed_[k + 1][v], y);
+        }
+        total[v][0] = _mm512_add_ps(total[v][0], x);
+        total[v][1] = _mm512_add_ps(total[v][1], y);
+        const __m512i pair = (__m512i)_mm512_cvtne2ps_pbh(y, x);
+        _mm512_store_si512(p + (v * 16 + k / 2) * 16, _mm512_permutexvar_epi16(interleave, pair));
+      }
+    }
+    for (int v = 0; v < 2; ++v)
+      _mm512_store_ps(totals + v * 16, _mm512_add_ps(total[v][0], total[v][1]));
+  }
+
+  // A lane's reference moves only when its maximum has outgrown it by 2^8. That is exact all the
+  // same, since numerator and denominator share it, and the output is hardly ever rescaled.
+  void raise_max(const Unit& u, __m512 top0, __m512 top1) {
+    const __m512 slack = _mm512_set1_ps(8.0f / factor_);
+    const __m512 top[2] = {top0, top1};
+    __mmask16 grown[2];
+    for (int v = 0; v < 2; ++v) {
+      const __m512 old = _mm512_load_ps(s_.max + u.block * kLanes + v * 16);
+      grown[v] = _mm512_cmp_ps_mask(top[v], _mm512_add_ps(old, slack), _CMP_GT_OQ);
+    }
+    if ((grown[0] | grown[1]) == 0) return;
+    // what was exponentiated with the old reference is summed before the sums are rescaled
+    engine_.finish_scores();
+    engine_.drain();
+    queue_sums(static_cast<int>(u.chunk & 1), u.block);
+    engine_.drain();
+    for (int v = 0; v < 2; ++v) {
+      if (grown[v] == 0) continue;
+      float* stored = s_.max + u.block * kLanes + v * 16;
+      float* sum = s_.sum + u.block * kLanes + v * 16;
+      const __m512 old = _mm512_load_ps(stored);
+      const __m512 max = _mm512_mask_mov_ps(old, grown[v], top[v]);
+      _mm512_store_ps(stored, max);
+      const __m512 difference = _mm512_mul_ps(_mm512_sub_ps(old, max), _mm512_set1_ps(factor_));
+      // lanes that stay keep a factor of exactly 1
+      const __m512 shrink = _mm512_mask_mov_ps(
+          _mm512_set1_ps(1.0f), grown[v],
+          exp2_bf16(_mm512_max_ps(difference, _mm512_set1_ps(-1000.0f))));
+      _mm512_store_ps(sum, _mm512_mul_ps(_mm512_load_ps(sum), shrink));
+      float* out = s_.out + u.block * padded_dv(p_) * kLanes + v * 16;
+      for (int64_t d = 0; d < padded_dv(p_); ++d)
+        _mm512_store_ps(out + d * kLanes, _mm512_mul_ps(_mm512_load_ps(out + d * kLanes), shrink));
+    }
+  }
+
+  // Fetches the keys and values that the next chunk has in this unit's place, a few lines at each
+  // of the unit's eight ticks: tile loads are too irregular for the hardware prefetcher.
+  void prefetch(const Unit& u, int tick) const {
+    const int64_t at = (u.chunk + 1) * kChunk + u.group;
+    if (at >= n_groups_ || groups_[at].tokens != nullptr) return;
+    const int part = u.block * 8 + tick, parts = blocks_ * 8;
+    const uint16_t* keys =
+        row(p_.key, p_.key_stride, tile_.batch, tile_.kv_head, groups_[at].first);
+    for (int r = part * kGroupKeys / parts; r < (part + 1) * kGroupKeys / parts; ++r)
+      for (int64_t d = 0; d < p_.D; d += 32)
+        _mm_prefetch(keys + r * p_.key_stride[2] + d, _MM_HINT_T1);
+    if (packed_ == nullptr) return;
+    const uint16_t* values = packed_ + groups_[at].first * padded_dv(p_);
+    for (int64_t d = part * padded_dv(p_) / parts; d < (part + 1) * padded_dv(p_) / parts; ++d)
+      _mm_prefetch(values + d * kGroupKeys, _MM_HINT_T1);
+  }
+
+  void store_rows(int block, int v, int64_t d, float* partial) {
+    const float* out = s_.out + (block * padded_dv(p_) + d) * kLanes + v * 16;
+    const int64_t lane = block * kLanes + v * 16;
+    __m512 scale = _mm512_set1_ps(1.0f);
+    if (partial == nullptr) {
+      const __m512 sum = _mm512_load_ps(s_.sum + lane);
+      scale = _mm512_maskz_div_ps(_mm512_cmp_ps_mask(sum, _mm512_setzero_ps(), _CMP_NEQ_UQ), scale,
+                                  sum);
+    }
+    __m512i r[16];
+    for (int i = 0; i < 16; ++i)
+      r[i] = _mm512_castps_si512(_mm512_mul_ps(_mm512_load_ps(out + i * kLanes), scale));
+    transpose16(r);
+    const __mmask16 mask = first_lanes(p_.Dv - d);
+    for (int64_t n = lane; n < lesser(lane + 16, tile_.rows()); ++n) {
+      const __m512 x = _mm512_castsi512_ps(r[n - lane]);
+      if (partial != nullptr) {
+        _mm512_mask_storeu_ps(partial + n * (p_.Dv + 2) + d, mask, x);
+      } else {
+        auto* to = static_cast<uint16_t*>(p_.out) + tile_.batch * p_.out_stride[0] +
+                   head_of(n) * p_.out_stride[1] + query_of(n) * p_.out_stride[2];
+        _mm256_mask_storeu_epi16(to + d, mask, (__m256i)_mm512_cvtneps_pbh(x));
+      }
+    }
+  }
+
+  const Params& p_;
+  const QueryTile& tile_;
+  const uint16_t* packed_;
+  const float factor_;  // |scale| * log2(e)
+  Scratch s_;
+  Engine engine_;
+  int blocks_;
+  const KeyGroup* groups_ = nullptr;
+  int64_t n_groups_ = 0, prepared_ = 0;
+  Operand operands_[2][kChunk];
+  int waiting_[kBlocks] = {};  // groups of the current chunk whose P is not yet queued
+  int waiting_group_[kBlocks][kChunk];
+  int32_t lowest_[kBlocks], highest_[kBlocks];  // positions of a block's queries
+  __mmask16 allowed_[kGroupKeys][2];
+};
+
+}  // namespace
+}  // namespace sparse_attn
