@@ -1,0 +1,37 @@
+// The only header that includes torch: libtorch's stable ABI, short names, checks.
+#pragma once
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+#include <torch/headeronly/util/BFloat16.h>
+#include <torch/headeronly/util/Half.h>
+
+#include "params.h"
+
+// The namespace of the operators occurs here and in sparse_attn/registry.py, nowhere else.
+#define SA_LIBRARY_IMPL_IN(ns, key, m) STABLE_TORCH_LIBRARY_IMPL(ns, key, m)
+#define SA_LIBRARY_IMPL(key, m) SA_LIBRARY_IMPL_IN(sparse_attn, key, m)
+
+#define SA_CHECK(condition, ...) STD_TORCH_CHECK(condition, __VA_ARGS__)
+
+namespace sparse_attn {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+inline DType dtype_of(const Tensor& t) {
+  switch (t.scalar_type()) {
+    case ScalarType::Float: return DType::f32;
+    case ScalarType::Half: return DType::f16;
+    case ScalarType::BFloat16: return DType::bf16;
+    default: SA_CHECK(false, "expected float32, float16 or bfloat16"); return DType::f32;
+  }
+}
+
+// The kernels take any strides except in the last dimension.
+inline Tensor last_dim_contiguous(const Tensor& t) {
+  return t.stride(t.dim() - 1) == 1 || t.size(t.dim() - 1) <= 1 ? t : torch::stable::contiguous(t);
+}
+
+}  // namespace sparse_attn

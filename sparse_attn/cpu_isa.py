@@ -1,0 +1,31 @@
+"""The instruction set that the C++ kernels use, chosen at run time."""
+
+from __future__ import annotations
+
+import torch
+
+from . import _ext
+from .registry import LIBRARY, NS
+
+NAMES = ("portable", "avx2", "avx512", "avx512bf16", "amx")
+LIBRARY.define('_cpu_isa(str isa="") -> str')
+
+
+def cpu_isa(isa: str = "") -> str:
+    """The instruction set in use; a name selects it ("auto": the best), for tests and bug reports.
+
+    Raises RuntimeError if this machine cannot run it or the extension is missing.
+    """
+    if _ext.cpp_missing is not None:
+        raise RuntimeError(_ext.cpp_missing)
+    return getattr(torch.ops, NS)._cpu_isa(isa)
+
+
+def available() -> tuple[str, ...]:
+    """The instruction sets this machine can run, portable first; empty without the extension."""
+    if _ext.cpp_missing is not None:
+        return ()
+    current = cpu_isa()
+    best = cpu_isa("auto")
+    cpu_isa(current)
+    return NAMES[: NAMES.index(best) + 1]

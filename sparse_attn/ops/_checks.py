@@ -1,0 +1,82 @@
+"""Argument checks that the operators share. Each error names the argument and what it accepts."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+
+
+def tensor(name: str, x: Any, shape: tuple[str, ...], dtypes: tuple[torch.dtype, ...]) -> None:
+    """Checks type, rank, dtype and that no dimension is empty (one named K may be)."""
+    if not isinstance(x, torch.Tensor):
+        raise TypeError(f"{name}: expected a tensor [{', '.join(shape)}], got {type(x).__name__}")
+    if x.dim() != len(shape):
+        raise ValueError(
+            f"{name}: expected {len(shape)} dimensions [{', '.join(shape)}], "
+            f"got shape {tuple(x.shape)}"
+        )
+    if x.dtype not in dtypes:
+        accepted = ", ".join(str(d).removeprefix("torch.") for d in dtypes)
+        raise TypeError(f"{name}: expected dtype {accepted}, got {x.dtype}")
+    for dim, label in enumerate(shape):
+        if label != "K" and x.shape[dim] == 0:
+            raise ValueError(f"{name}: dimension {label} is empty in shape {tuple(x.shape)}")
+
+
+def same(name: str, what: str, got: Any, expected: Any, of: str) -> None:
+    if got != expected:
+        raise ValueError(f"{name}: {what} is {got}, expected {expected} as in {of}")
+
+
+def like(name: str, x: torch.Tensor, other: torch.Tensor, of: str) -> None:
+    """Checks that two tensors agree in dtype and device."""
+    if x.dtype != other.dtype:
+        raise TypeError(f"{name}: dtype is {x.dtype}, expected {other.dtype} as {of}")
+    if x.device != other.device:
+        raise ValueError(f"{name}: device is {x.device}, expected {other.device} as {of}")
+
+
+def heads(query: torch.Tensor, key: torch.Tensor) -> None:
+    if query.shape[1] % key.shape[1] != 0:
+        raise ValueError(
+            f"query: {query.shape[1]} heads, expected a multiple of key's {key.shape[1]}"
+        )
+
+
+def query_key(query: Any, key: Any) -> None:
+    """query [B, Hq, Tq, D] and key [B, Hkv, Tk, D]."""
+    tensor("query", query, ("B", "Hq", "Tq", "D"), DTYPES)
+    tensor("key", key, ("B", "Hkv", "Tk", "D"), DTYPES)
+    like("key", key, query, "query")
+    same("key", "batch size", key.shape[0], query.shape[0], "query")
+    same("key", "head_dim", key.shape[3], query.shape[3], "query")
+    heads(query, key)
+
+
+def query_key_value(query: Any, key: Any, value: Any) -> None:
+    """query_key and value [B, Hkv, Tk, Dv]."""
+    query_key(query, key)
+    tensor("value", value, ("B", "Hkv", "Tk", "Dv"), DTYPES)
+    like("value", value, query, "query")
+    same("value", "batch size", value.shape[0], query.shape[0], "query")
+    same("value", "number of heads", value.shape[1], key.shape[1], "key")
+    same("value", "length", value.shape[2], key.shape[2], "key")
+
+
+def between(name: str, x: Any, low: float, high: float) -> None:
+    if not low <= x <= high:
+        raise ValueError(f"{name}: got {x}, expected {low} to {high}")
+
+
+def not_negative(name: str, x: Any) -> None:
+    if x < 0:
+        raise ValueError(f"{name}: got {x}, expected 0 or more")
+
+
+def finite_scale(scale: Any) -> None:
+    if scale is not None and not math.isfinite(scale):
+        raise ValueError(f"scale: got {scale}, expected a finite number or None for 1/sqrt(D)")

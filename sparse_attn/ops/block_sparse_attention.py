@@ -1,0 +1,62 @@
+"""Exact attention over listed blocks, a sink and a window."""
+
+from __future__ import annotations
+
+import torch
+
+from ..registry import Op
+from . import _checks as check
+
+op = Op(
+    "block_sparse_attention",
+    "(Tensor query, Tensor key, Tensor value, Tensor indices, Tensor counts, int q_block, "
+    "int kv_block, bool causal=True, SymInt sink=0, SymInt window=0, float? scale=None) "
+    "-> (Tensor out, Tensor lse)",
+)
+
+
+@op.fake
+def _(query, key, value, indices, counts, q_block, kv_block, causal=True, sink=0, window=0,
+      scale=None):  # fmt: skip
+    shape = (*query.shape[:3], value.shape[3])
+    lse_dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
+    return query.new_empty(shape), query.new_empty(query.shape[:3], dtype=lse_dtype)
+
+
+@op.validate
+def _(query, key, value, indices, counts, q_block, kv_block, causal, sink, window, scale):
+    check.query_key_value(query, key, value)
+    check.between("q_block", q_block, 1, 128)
+    check.between("kv_block", kv_block, 1, 128)
+    check.tensor("indices", indices, ("B", "Hi", "Mq", "K"), (torch.int32,))
+    check.tensor("counts", counts, ("B", "Hi", "Mq"), (torch.int32,))
+    for name, x in (("indices", indices), ("counts", counts)):
+        if x.device != query.device:
+            raise ValueError(f"{name}: device is {x.device}, expected {query.device} as query")
+    check.same("indices", "batch size", indices.shape[0], query.shape[0], "query")
+    if indices.shape[1] not in (1, key.shape[1], query.shape[1]):
+        raise ValueError(
+            f"indices: {indices.shape[1]} heads, expected 1, {key.shape[1]} (key heads) "
+            f"or {query.shape[1]} (query heads)"
+        )
+    blocks = (query.shape[2] + q_block - 1) // q_block
+    if indices.shape[2] != blocks:
+        raise ValueError(
+            f"indices: {indices.shape[2]} query blocks, expected {blocks} for "
+            f"{query.shape[2]} queries in blocks of {q_block}"
+        )
+    check.same("counts", "shape", tuple(counts.shape), tuple(indices.shape[:3]), "indices")
+    check.not_negative("sink", sink)
+    check.not_negative("window", window)
+    check.finite_scale(scale)
+
+
+def _cpp_serves(query, *args):
+    if query.dtype == torch.float64:
+        return "float64 is served by the reference only"
+    return True
+
+
+op.impl("cpp", device="cpu", when=_cpp_serves)
+op.impl("reference", device="any")
+op.no_grad("Detach the inputs, or train with dense attention.")

@@ -1,0 +1,1 @@
+"""Plain PyTorch definitions of the operators, on any device."""

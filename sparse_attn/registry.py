@@ -1,0 +1,183 @@
+"""Operators: one schema, one overload per backend, and the choice between them.
+
+An operator file (`sparse_attn/ops/<op>.py`) declares an `Op`, its fake kernel, its validation and
+a row per implementation. A row states for which device it is and, through `when`, why it cannot
+serve a call. The first row without an objection serves it; a forced backend never falls back.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from . import _ext, env
+
+NS = "sparse_attn"
+BACKENDS = ("cuda", "triton", "cpp", "reference")
+LIBRARY = torch.library.Library(NS, "FRAGMENT")
+OPS: dict[str, Op] = {}
+
+
+@dataclass
+class Impl:
+    """One implementation of one operator."""
+
+    backend: str
+    device: str  # "cpu", "cuda" or "any"
+    when: Callable[..., bool | str]
+    overload: Any = None  # torch.ops.sparse_attn.<op>.<backend>
+    missing: str | None = None  # why it cannot be loaded here at all
+
+
+@dataclass
+class Op:
+    """An operator: `torch.ops.sparse_attn.<name>` and its overloads.
+
+    `schema` is what follows the name: "(Tensor x, int n=1) -> Tensor". Calling the object checks
+    the arguments, picks an implementation in plain Python (so that torch.compile records the
+    overload itself) and calls it; `.default` makes the same choice at run time.
+    """
+
+    name: str
+    schema: str
+    impls: list[Impl] = field(default_factory=list)
+    _fake: Callable[..., Any] | None = None
+    _validate: Callable[..., None] | None = None
+    _signature: inspect.Signature | None = None
+
+    def __post_init__(self) -> None:
+        OPS[self.name] = self
+        LIBRARY.define(f"{self.name}{self.schema}")
+        for backend in BACKENDS:
+            LIBRARY.define(f"{self.name}.{backend}{self.schema}")
+        self.default = getattr(getattr(torch.ops, NS), self.name).default
+
+    @property
+    def overloads(self) -> list[str]:
+        return [self.name, *(f"{self.name}.{b}" for b in BACKENDS)]
+
+    def fake(self, fn: Callable[..., Any]) -> Callable[..., Any]:
+        """Registers shapes and dtypes of the results, for every overload."""
+        self._fake = fn
+        self._signature = inspect.signature(fn)
+        for overload in self.overloads:
+            torch.library.register_fake(f"{NS}::{overload}", fn, lib=LIBRARY)
+        LIBRARY.impl(self.name, self._run_default, "CompositeExplicitAutograd")
+        return fn
+
+    def validate(self, fn: Callable[..., None]) -> Callable[..., None]:
+        """Registers the check that every call passes before a kernel runs."""
+        self._validate = fn
+        return fn
+
+    def impl(
+        self,
+        backend: str,
+        device: str,
+        when: Callable[..., bool | str] = lambda *args: True,
+        missing: str | None = None,
+    ) -> None:
+        """Adds an implementation; the order of the calls is the order of preference.
+
+        `cpp` kernels register themselves from C++; `reference` and `triton` are functions with the
+        operator's name in `sparse_attn/reference/<op>.py` and `sparse_attn.triton_kernels.<op>`,
+        imported at the first call.
+        """
+        row = Impl(backend, device, when, missing=missing)
+        if backend == "cpp":
+            row.missing = missing or _ext.cpp_missing
+        else:
+            package = {"reference": "reference", "triton": "triton_kernels"}[backend]
+            self.python_impl(backend, device, f"{NS}.{package}.{self.name}")
+        row.overload = getattr(getattr(getattr(torch.ops, NS), self.name), backend)
+        self.impls.append(row)
+
+    def python_impl(self, backend: str, device: str, module: str) -> None:
+        name = self.name
+
+        def kernel(*args: Any) -> Any:
+            return getattr(importlib.import_module(module), name)(*args)
+
+        key = {"cpu": "CPU", "cuda": "CUDA", "any": "CompositeExplicitAutograd"}[device]
+        LIBRARY.impl(f"{self.name}.{backend}", kernel, key)
+
+    def composite(self, backend: str, device: str, fn: Callable[..., Any]) -> None:
+        """Adds an implementation that calls other operators; `fn(backend, *args)`."""
+
+        def kernel(*args: Any) -> Any:
+            return fn(backend, *args)
+
+        key = {"cpu": "CPU", "cuda": "CUDA", "any": "CompositeExplicitAutograd"}[device]
+        LIBRARY.impl(f"{self.name}.{backend}", kernel, key)
+        row = Impl(backend, device, lambda *args: True)
+        row.missing = _ext.cpp_missing if backend == "cpp" else None
+        row.overload = getattr(getattr(getattr(torch.ops, NS), self.name), backend)
+        self.impls.append(row)
+
+    def no_grad(self, advice: str) -> None:
+        """Makes every overload raise in backward instead of losing the gradient in silence."""
+        name = self.name
+
+        def backward(ctx: Any, *grads: Any) -> Any:
+            raise NotImplementedError(f"{NS}::{name} has no backward. {advice}")
+
+        for overload in self.overloads:
+            torch.library.register_autograd(f"{NS}::{overload}", backward, lib=LIBRARY)
+
+    def bind(self, *args: Any, **kwargs: Any) -> tuple[Any, ...]:
+        """All arguments of the schema, in order, defaults filled in."""
+        assert self._signature is not None
+        bound = self._signature.bind(*args, **kwargs)
+        bound.apply_defaults()
+        return bound.args
+
+    def reasons(self, args: tuple[Any, ...]) -> dict[str, str | None]:
+        """For each backend None if it can serve the call, otherwise why it cannot."""
+        device = next(a.device.type for a in args if isinstance(a, torch.Tensor))
+        found: dict[str, str | None] = {}
+        for row in self.impls:
+            if row.device not in ("any", device):
+                found[row.backend] = f"runs on {row.device} tensors, these are on {device}"
+            elif row.missing is not None:
+                found[row.backend] = row.missing
+            else:
+                verdict = row.when(*args)
+                found[row.backend] = None if verdict is True else str(verdict)
+        for backend in BACKENDS:
+            found.setdefault(backend, "not implemented for this operator")
+        return found
+
+    def select(self, args: tuple[Any, ...], backend: str | None = None) -> Impl:
+        """The implementation that serves a call; raises with every reason if there is none."""
+        backend = backend or env.forced_backend()
+        if backend is not None and backend not in BACKENDS:
+            raise ValueError(f"backend: got {backend!r}, expected one of {sorted(BACKENDS)}")
+        reasons = self.reasons(args)
+        for row in self.impls:
+            if reasons[row.backend] is None and backend in (None, row.backend):
+                return row
+        shown = reasons if backend is None else {backend: reasons[backend]}
+        lines = "\n".join(f"  {name}: {why}" for name, why in shown.items())
+        raise NotImplementedError(f"{NS}::{self.name} cannot serve\n{_describe(args)}\n{lines}")
+
+    def __call__(self, *args: Any, backend: str | None = None, **kwargs: Any) -> Any:
+        bound = self.bind(*args, **kwargs)
+        if self._validate is not None:
+            self._validate(*bound)
+        return self.select(bound, backend).overload(*bound)
+
+    def _run_default(self, *args: Any) -> Any:
+        return self(*args)
+
+
+def _describe(args: tuple[Any, ...]) -> str:
+    shown = [
+        f"{tuple(a.shape)} {a.dtype} {a.device}" if isinstance(a, torch.Tensor) else repr(a)
+        for a in args
+    ]
+    return "  (" + ", ".join(shown) + ")"
