@@ -69,7 +69,7 @@ int64_t tokens_of(const Params& p, const QueryTile& t) {
 
 std::vector<Work> make_tiles(const Params& p) {
   const int64_t group = p.Hq / p.Hkv;
-  const bool shared = p.K == 0 || p.Hi != p.Hq || p.Hq == p.Hkv * p.Hi;
+  const bool shared = p.K == 0 || p.Hi != p.Hq;
   int64_t step = p.K == 0 ? kMaxRows : p.q_block;
   if (!p.causal && p.window > 0) step = 1;
   const int64_t queries = std::min(step, p.Tq);

@@ -1,0 +1,8 @@
+#include "block_sparse_attention_decode.h"
+
+namespace sparse_attn {
+
+const AttentionKernel kAttentionPortable = {nothing_packed, pack_nothing, float_scratch_bytes, float_tile};
+const AttentionKernel kDecodePortable = {nothing_packed, pack_nothing, decode_scratch_bytes, decode_tile};
+
+}  // namespace sparse_attn
