@@ -36,7 +36,9 @@ def torch_dir():
 
 
 def has_compiler():
-    return any(shutil.which(c) for c in (os.environ.get("CXX", "").split(" ")[0], "c++", "g++") if c)
+    return any(
+        shutil.which(c) for c in (os.environ.get("CXX", "").split(" ")[0], "c++", "g++") if c
+    )
 
 
 def plan():
@@ -109,7 +111,10 @@ class BdistWheel(bdist_wheel):
 
 
 def extension(torch):
-    sources = ["csrc/module.cpp", *sorted(str(p.relative_to(ROOT)) for p in (ROOT / "csrc/cpu").rglob("*.cpp"))]
+    sources = [
+        "csrc/module.cpp",
+        *sorted(str(p.relative_to(ROOT)) for p in (ROOT / "csrc/cpu").rglob("*.cpp")),
+    ]
     return Extension(
         "sparse_attn._C",
         sources,
@@ -136,8 +141,11 @@ ext_modules = [] if why_not else [extension(torch_dir())]
 setup(
     packages=[
         "sparse_attn",
-        *(f"sparse_attn.{p.name}" for p in sorted((ROOT / "sparse_attn").iterdir())
-          if (p / "__init__.py").exists()),
+        *(
+            f"sparse_attn.{p.name}"
+            for p in sorted((ROOT / "sparse_attn").iterdir())
+            if (p / "__init__.py").exists()
+        ),
     ],
     ext_modules=ext_modules,
     cmdclass={"build_ext": BuildExt, "bdist_wheel": BdistWheel},

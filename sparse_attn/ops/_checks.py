@@ -80,3 +80,8 @@ def not_negative(name: str, x: Any) -> None:
 def finite_scale(scale: Any) -> None:
     if scale is not None and not math.isfinite(scale):
         raise ValueError(f"scale: got {scale}, expected a finite number or None for 1/sqrt(D)")
+
+
+def not_float64(first: torch.Tensor, *args: Any) -> bool | str:
+    """The `when` of kernels that have no float64."""
+    return first.dtype != torch.float64 or "float64 is served by the reference only"

@@ -51,12 +51,6 @@ def _(query, key, value, indices, counts, q_block, kv_block, causal, sink, windo
     check.finite_scale(scale)
 
 
-def _cpp_serves(query, *args):
-    if query.dtype == torch.float64:
-        return "float64 is served by the reference only"
-    return True
-
-
-op.impl("cpp", device="cpu", when=_cpp_serves)
+op.impl("cpp", device="cpu", when=check.not_float64)
 op.impl("reference", device="any")
 op.no_grad("Detach the inputs, or train with dense attention.")

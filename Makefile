@@ -1,0 +1,38 @@
+# Every target sets up what it needs in .venv; TORCH chooses the build of torch, for example
+#   make test TORCH="torch --index-url <the index of the CUDA build you want>"
+PYTHON ?= python3
+TORCH ?= torch==2.13.0
+VENV := .venv
+BIN := $(VENV)/bin
+SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h') setup.py pyproject.toml
+
+.PHONY: demo test bench lint clean
+
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)
+
+# torch first, by itself: a dependency that asks for "torch" must find it installed
+$(VENV)/.torch: | $(BIN)/python
+	$(BIN)/python -c "import torch" 2>/dev/null || $(BIN)/pip install $(TORCH)
+	@echo "Installed $(TORCH). For a CUDA build: make $(MAKECMDGOALS) TORCH=..., see README.md"
+	@touch $@
+
+$(VENV)/.installed: $(VENV)/.torch $(SOURCES)
+	$(BIN)/pip install -e ".[test,demo]"
+	@touch $@
+
+demo: $(VENV)/.installed
+	$(BIN)/python -m sparse_attn demo
+
+test: $(VENV)/.installed
+	$(BIN)/python -m pytest
+
+bench: $(VENV)/.installed
+	$(BIN)/python -m bench
+
+lint: $(VENV)/.installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+clean:
+	rm -rf $(VENV) build sparse_attn/*.so sparse_attn/_build_info.py *.egg-info

@@ -1,0 +1,37 @@
+"""Joins attention over two disjoint sets of keys."""
+
+from __future__ import annotations
+
+import torch
+
+from ..registry import Op
+from . import _checks as check
+
+op = Op(
+    "merge_attention_states",
+    "(Tensor out_a, Tensor lse_a, Tensor out_b, Tensor lse_b) -> (Tensor out, Tensor lse)",
+)
+
+
+@op.fake
+def _(out_a, lse_a, out_b, lse_b):
+    return out_a.new_empty(out_a.shape), lse_a.new_empty(lse_a.shape)
+
+
+@op.validate
+def _(out_a, lse_a, out_b, lse_b):
+    for name, x in (("out_a", out_a), ("out_b", out_b)):
+        check.tensor(name, x, ("B", "H", "T", "Dv"), check.DTYPES)
+    check.like("out_b", out_b, out_a, "out_a")
+    check.same("out_b", "shape", tuple(out_b.shape), tuple(out_a.shape), "out_a")
+    expected = torch.float64 if out_a.dtype == torch.float64 else torch.float32
+    for name, x in (("lse_a", lse_a), ("lse_b", lse_b)):
+        check.tensor(name, x, ("B", "H", "T"), (expected,))
+        check.same(name, "shape", tuple(x.shape), tuple(out_a.shape[:3]), "out_a")
+        if x.device != out_a.device:
+            raise ValueError(f"{name}: device is {x.device}, expected {out_a.device} as out_a")
+
+
+op.impl("cpp", device="cpu", when=check.not_float64)
+op.impl("reference", device="any")
+op.no_grad("Detach the inputs.")
