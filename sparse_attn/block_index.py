@@ -1,0 +1,151 @@
+"""`BlockIndex`: the one value that travels from a selector to the attention operator."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+
+from .reference.block_sparse_attention import block_mask, check_index
+
+if TYPE_CHECKING:
+    from torch.nn.attention.flex_attention import BlockMask
+
+
+class BlockIndex(NamedTuple):
+    """Which blocks of keys each block of queries attends to; fixed capacity, device only.
+
+    Attributes:
+        indices: int32 [B, H', Mq, K], KV block ids, ascending and unique in their first `counts`
+            places; the rest is never read. H' is 1, Hkv or Hq.
+        counts: int32 [B, H', Mq], how many blocks are listed.
+        q_block: queries per block, 1 to 128. Query i of the call is in block i // q_block.
+        kv_block: keys per block, 1 to 128.
+    """
+
+    indices: torch.Tensor
+    counts: torch.Tensor
+    q_block: int
+    kv_block: int
+
+    @classmethod
+    def from_mask(
+        cls, mask: torch.Tensor, q_block: int, kv_block: int, max_blocks: int | None = None
+    ) -> BlockIndex:
+        """From a bool mask [B, H', Mq, Nk].
+
+        `max_blocks` bounds the capacity K; ValueError if a row has more blocks than that.
+        """
+        if mask.dtype != torch.bool or mask.dim() != 4:
+            raise ValueError(
+                f"mask: expected bool [B, H, Mq, Nk], got {mask.dtype} {tuple(mask.shape)}"
+            )
+        counts = mask.sum(-1, dtype=torch.int32)
+        indices = mask.to(torch.int8).argsort(dim=-1, descending=True, stable=True)
+        if max_blocks is not None and max_blocks < mask.shape[-1]:
+            most = int(counts.max()) if counts.numel() else 0
+            if most > max_blocks:
+                raise ValueError(f"max_blocks: got {max_blocks}, but a row has {most} blocks")
+            indices = indices[..., :max_blocks]
+        return cls(indices.to(torch.int32).contiguous(), counts, q_block, kv_block)
+
+    @classmethod
+    def full(
+        cls, n_queries: int, n_keys: int, q_block: int = 128, kv_block: int = 128, **factory: Any
+    ) -> BlockIndex:
+        """Lists every causally visible block, [1, 1, Mq, Nk]; `factory` goes to torch.arange."""
+        n_blocks = -(-n_keys // kv_block)
+        last = torch.arange(-(-n_queries // q_block), **factory) * q_block + q_block - 1
+        last = last.clamp(max=n_queries - 1) + n_keys - n_queries
+        block = torch.arange(n_blocks, **factory)
+        return cls.from_mask((block * kv_block <= last[:, None])[None, None], q_block, kv_block)
+
+    def to_mask(self, n_keys: int) -> torch.Tensor:
+        """The listed blocks as bool [B, H', Mq, ceil(n_keys / kv_block)]."""
+        return block_mask(self.indices, self.counts, -(-n_keys // self.kv_block))
+
+    def validate(self, n_queries: int, n_keys: int) -> None:
+        """Raises ValueError or RuntimeError unless the index is legal for these lengths."""
+        for name, x, rank in (("indices", self.indices, 4), ("counts", self.counts, 3)):
+            if x.dtype != torch.int32 or x.dim() != rank:
+                raise ValueError(
+                    f"{name}: expected int32 with {rank} dimensions, got {x.dtype} {tuple(x.shape)}"
+                )
+        for name, size in (("q_block", self.q_block), ("kv_block", self.kv_block)):
+            if not 1 <= size <= 128:
+                raise ValueError(f"{name}: got {size}, expected 1 to 128")
+        if self.counts.shape != self.indices.shape[:3]:
+            raise ValueError(
+                f"counts: shape {tuple(self.counts.shape)}, expected "
+                f"{tuple(self.indices.shape[:3])} as in indices"
+            )
+        expected = -(-n_queries // self.q_block)
+        if self.indices.shape[2] != expected:
+            raise ValueError(
+                f"indices: {self.indices.shape[2]} query blocks, expected {expected} for "
+                f"{n_queries} queries in blocks of {self.q_block}"
+            )
+        check_index(self.indices, self.counts, -(-n_keys // self.kv_block))
+
+    def density(self, n_queries: int, n_keys: int, causal: bool = True) -> float:
+        """Share of the (causally visible) blocks that are listed; reads the index on the host.
+
+        Listed blocks above the causal diagonal do not count, since they are never computed.
+        """
+        mask = self.to_mask(n_keys)
+        if not causal:
+            return mask.float().mean().item()
+        visible = BlockIndex.full(
+            n_queries, n_keys, self.q_block, self.kv_block, device=mask.device
+        ).to_mask(n_keys)
+        return ((mask & visible).sum() / visible.expand_as(mask).sum().clamp(min=1)).item()
+
+    def to_flex(self, n_queries: int, n_keys: int, causal: bool = True) -> BlockMask:
+        """The same pattern for FlexAttention. Needs equal q_block and kv_block use in the kernel.
+
+        With `causal` the mask function keeps keys up to the query's bottom-right aligned position.
+        Compile `flex_attention`: run eagerly it ignores the listed blocks.
+        """
+        from torch.nn.attention.flex_attention import BlockMask
+
+        mask = self.to_mask(n_keys)
+        if causal:
+            visible = BlockIndex.full(
+                n_queries, n_keys, self.q_block, self.kv_block, device=mask.device
+            )
+            mask = mask & visible.to_mask(n_keys)
+        index = BlockIndex.from_mask(mask, self.q_block, self.kv_block)
+        offset = n_keys - n_queries
+
+        def up_to_query(b: Any, h: Any, q: Any, k: Any) -> Any:
+            return k <= q + offset
+
+        return BlockMask.from_kv_blocks(
+            index.counts,
+            index.indices,
+            BLOCK_SIZE=(self.q_block, self.kv_block),
+            mask_mod=up_to_query if causal else None,
+            seq_lengths=(n_queries, n_keys),
+        )
+
+    @classmethod
+    def from_flex(cls, mask: BlockMask) -> BlockIndex:
+        """The block lists of a FlexAttention BlockMask, partial and full blocks together.
+
+        Its mask function is not carried over: give `causal` to the attention operator.
+        """
+        q_block, kv_block = mask.BLOCK_SIZE
+        n_blocks = -(-mask.seq_lengths[1] // kv_block)
+        listed = block_mask(mask.kv_indices, mask.kv_num_blocks, n_blocks)
+        if mask.full_kv_indices is not None:
+            listed = listed | block_mask(mask.full_kv_indices, mask.full_kv_num_blocks, n_blocks)
+        return cls.from_mask(listed, q_block, kv_block)
+
+    def plot(self, n_queries: int, n_keys: int, *, causal: bool = True, batch: int = 0) -> Any:
+        """A matplotlib figure, one panel per head: listed blocks over the visible ones.
+
+        Raises ImportError without matplotlib (`pip install sparse_attn[plot]`).
+        """
+        from .plot import plot_index
+
+        return plot_index(self, n_queries, n_keys, causal=causal, batch=batch)

@@ -1,0 +1,63 @@
+"""The methods, one file each. A module here that has `METHOD` is a method: nothing lists them.
+
+A method is a frozen dataclass with a class attribute `name`, fields that check themselves in
+`__post_init__`, and the two functions of the `Method` protocol.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from pkgutil import iter_modules
+from typing import Any, NamedTuple, Protocol
+
+import torch
+
+from ..block_index import BlockIndex
+
+
+class Selection(NamedTuple):
+    """What a selector hands to `block_sparse_attention`."""
+
+    index: BlockIndex
+    sink: int = 0
+    window: int = 0
+
+
+class Method(Protocol):
+    """What every method offers."""
+
+    name: str
+
+    def why_not(self, query: torch.Tensor, key: torch.Tensor, causal: bool) -> str | None:
+        """Why the method cannot serve a call and what would, or None."""
+
+    def select(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        *,
+        causal: bool = True,
+        scale: float | None = None,
+        backend: str | None = None,
+    ) -> Selection:
+        """Which blocks to attend to."""
+
+
+METHODS: dict[str, Any] = {}
+for _module in iter_modules(__path__):
+    _method = getattr(import_module(f"{__name__}.{_module.name}"), "METHOD", None)
+    if _method is not None:
+        METHODS[_method.name] = _method
+
+
+def resolve(method: Any) -> Any:
+    """A method's config from its name, or the config itself."""
+    if isinstance(method, str):
+        if method not in METHODS:
+            raise ValueError(f"method: got {method!r}, expected one of {sorted(METHODS)}")
+        return METHODS[method]()
+    if type(method) not in METHODS.values():
+        raise TypeError(
+            f"method: got {method!r}, expected a name or a config of {sorted(METHODS)}"
+        )
+    return method

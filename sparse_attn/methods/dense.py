@@ -1,0 +1,39 @@
+"""Exact attention over everything."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+
+from ..block_index import BlockIndex
+from . import Selection
+
+
+@dataclass(frozen=True)
+class Dense:
+    """Every (causally visible) key, by the same kernel as the sparse methods."""
+
+    name: ClassVar[str] = "dense"
+
+    def why_not(self, query: torch.Tensor, key: torch.Tensor, causal: bool) -> str | None:
+        return None
+
+    def select(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        *,
+        causal: bool = True,
+        scale: float | None = None,
+        backend: str | None = None,
+    ) -> Selection:
+        # no block is listed: a sink as long as the keys says the same without a list
+        blocks = (query.shape[2] + 127) // 128
+        indices = query.new_empty((query.shape[0], 1, blocks, 0), dtype=torch.int32)
+        counts = query.new_zeros((query.shape[0], 1, blocks), dtype=torch.int32)
+        return Selection(BlockIndex(indices, counts, 128, 128), sink=key.shape[2])
+
+
+METHOD = Dense

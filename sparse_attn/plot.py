@@ -1,0 +1,61 @@
+"""Pictures of a BlockIndex."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .block_index import BlockIndex
+
+
+def plot_index(
+    index: BlockIndex, n_queries: int, n_keys: int, *, causal: bool = True, batch: int = 0
+) -> Any:
+    """One panel per head: listed blocks dark, visible but skipped ones light."""
+    try:
+        from matplotlib.colors import ListedColormap
+        from matplotlib.figure import Figure
+        from matplotlib.patches import Patch
+    except ImportError as error:
+        raise ImportError("plot needs matplotlib: pip install 'sparse_attn[plot]'") from error
+    mask = index.to_mask(n_keys)[batch].cpu()
+    visible = index.full(n_queries, n_keys, index.q_block, index.kv_block).to_mask(n_keys)[0, 0]
+    if not causal:
+        visible = visible | True
+    heads = mask.shape[0]
+    columns = min(4, heads)
+    rows = math.ceil(heads / columns)
+    figure = Figure(figsize=(3.2 * columns, 3.4 * rows + 0.8), layout="constrained")
+    axes = figure.subplots(rows, columns, squeeze=False).flat
+    colours = ListedColormap(["white", "#dbe4ee", "#17508f"])
+    offset = n_keys - n_queries
+    for head, axis in enumerate(axes):
+        if head >= heads:
+            axis.set_axis_off()
+            continue
+        listed = mask[head] & visible
+        axis.imshow(
+            visible.int() + listed.int(),
+            cmap=colours,
+            vmin=0,
+            vmax=2,
+            interpolation="nearest",
+            aspect="auto",
+            extent=(0, n_keys, n_keys, offset),
+        )
+        share = listed.sum().item() / max(1, visible.sum().item())
+        axis.set_title(f"head {head}: {share:.0%} of blocks", fontsize=10)
+        axis.set_xlabel("key position (tokens)", fontsize=8)
+        axis.set_ylabel("query position (tokens)", fontsize=8)
+        axis.tick_params(labelsize=7)
+    figure.legend(
+        handles=[
+            Patch(color="#17508f", label="computed"),
+            Patch(color="#dbe4ee", label="visible, skipped"),
+        ],
+        loc="outside lower center",
+        ncols=2,
+        frameon=False,
+    )
+    return figure
