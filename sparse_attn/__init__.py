@@ -1,5 +1,25 @@
-"""Sparse attention for long contexts."""
+"""Sparse attention for long contexts.
 
-from . import ops  # noqa: F401
+    out = sparse_attn.attention(query, key, value, method="flex_prefill")
+
+The operators are `torch.ops.sparse_attn.*`; see docs/ for a page on each operator and method.
+"""
+
+from . import ops  # noqa: F401  (registers the operators)
+from .api import Stats, attention, backends, explain, info, select
+from .block_index import BlockIndex
+from .methods import METHODS
 
 __version__ = "0.1.0"
+globals().update({config.__name__: config for config in METHODS.values()})
+
+__all__ = [
+    "BlockIndex",
+    "Stats",
+    "attention",
+    "backends",
+    "explain",
+    "info",
+    "select",
+    *(config.__name__ for config in METHODS.values()),
+]

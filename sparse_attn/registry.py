@@ -20,6 +20,7 @@ from . import _ext, env
 NS = "sparse_attn"
 BACKENDS = ("cuda", "triton", "cpp", "reference")
 LIBRARY = torch.library.Library(NS, "FRAGMENT")
+DISPATCH_KEYS = {"cpu": "CPU", "cuda": "CUDA", "any": "CompositeExplicitAutograd"}
 OPS: dict[str, Op] = {}
 
 
@@ -30,8 +31,8 @@ class Impl:
     backend: str
     device: str  # "cpu", "cuda" or "any"
     when: Callable[..., bool | str]
-    overload: Any = None  # torch.ops.sparse_attn.<op>.<backend>
-    missing: str | None = None  # why it cannot be loaded here at all
+    overload: Any  # torch.ops.sparse_attn.<op>.<backend>
+    missing: str | None  # why it cannot be loaded here at all
 
 
 @dataclass
@@ -75,6 +76,11 @@ class Op:
         self._validate = fn
         return fn
 
+    def check(self, *args: Any) -> None:
+        """Raises ValueError or TypeError, naming the argument, if a call is not legal."""
+        if self._validate is not None:
+            self._validate(*args)
+
     def impl(
         self,
         backend: str,
@@ -88,36 +94,46 @@ class Op:
         operator's name in `sparse_attn/reference/<op>.py` and `sparse_attn.triton_kernels.<op>`,
         imported at the first call.
         """
-        row = Impl(backend, device, when, missing=missing)
         if backend == "cpp":
-            row.missing = missing or _ext.cpp_missing
+            missing = missing or _ext.cpp_missing
         else:
             package = {"reference": "reference", "triton": "triton_kernels"}[backend]
-            self.python_impl(backend, device, f"{NS}.{package}.{self.name}")
-        row.overload = getattr(getattr(getattr(torch.ops, NS), self.name), backend)
-        self.impls.append(row)
+            self._register_python(backend, device, f"{__package__}.{package}.{self.name}")
+        self._add(backend, device, when, missing)
 
-    def python_impl(self, backend: str, device: str, module: str) -> None:
+    def _register_python(self, backend: str, device: str, module: str) -> None:
         name = self.name
 
         def kernel(*args: Any) -> Any:
             return getattr(importlib.import_module(module), name)(*args)
 
-        key = {"cpu": "CPU", "cuda": "CUDA", "any": "CompositeExplicitAutograd"}[device]
-        LIBRARY.impl(f"{self.name}.{backend}", kernel, key)
+        LIBRARY.impl(f"{name}.{backend}", kernel, DISPATCH_KEYS[device])
 
-    def composite(self, backend: str, device: str, fn: Callable[..., Any]) -> None:
-        """Adds an implementation that calls other operators; `fn(backend, *args)`."""
+    def composite(
+        self, backend: str, device: str, fn: Callable[..., Any], of: tuple[Op, ...]
+    ) -> None:
+        """Adds an implementation that calls the operators `of` with the same backend.
+
+        `fn(backend, *args)`; it can be loaded where all of them can.
+        """
 
         def kernel(*args: Any) -> Any:
-            return fn(backend, *args)
+            # the dispatcher drops trailing arguments that equal their defaults
+            return fn(backend, *self.bind(*args))
 
-        key = {"cpu": "CPU", "cuda": "CUDA", "any": "CompositeExplicitAutograd"}[device]
-        LIBRARY.impl(f"{self.name}.{backend}", kernel, key)
-        row = Impl(backend, device, lambda *args: True)
-        row.missing = _ext.cpp_missing if backend == "cpp" else None
-        row.overload = getattr(getattr(getattr(torch.ops, NS), self.name), backend)
-        self.impls.append(row)
+        LIBRARY.impl(f"{self.name}.{backend}", kernel, DISPATCH_KEYS[device])
+        missing = None
+        for part in of:
+            row = next((i for i in part.impls if i.backend == backend), None)
+            why = f"{part.name} has no {backend} kernel" if row is None else row.missing
+            missing = missing or why
+        self._add(backend, device, lambda *args: True, missing)
+
+    def _add(
+        self, backend: str, device: str, when: Callable[..., bool | str], missing: str | None
+    ) -> None:
+        overload = getattr(getattr(getattr(torch.ops, NS), self.name), backend)
+        self.impls.append(Impl(backend, device, when, overload, missing))
 
     def no_grad(self, advice: str) -> None:
         """Makes every overload raise in backward instead of losing the gradient in silence."""
@@ -167,8 +183,7 @@ class Op:
 
     def __call__(self, *args: Any, backend: str | None = None, **kwargs: Any) -> Any:
         bound = self.bind(*args, **kwargs)
-        if self._validate is not None:
-            self._validate(*bound)
+        self.check(*bound)
         return self.select(bound, backend).overload(*bound)
 
     def _run_default(self, *args: Any) -> Any:

@@ -57,7 +57,5 @@ def resolve(method: Any) -> Any:
             raise ValueError(f"method: got {method!r}, expected one of {sorted(METHODS)}")
         return METHODS[method]()
     if type(method) not in METHODS.values():
-        raise TypeError(
-            f"method: got {method!r}, expected a name or a config of {sorted(METHODS)}"
-        )
+        raise TypeError(f"method: got {method!r}, expected a name or a config of {sorted(METHODS)}")
     return method

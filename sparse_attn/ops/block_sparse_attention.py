@@ -15,12 +15,17 @@ op = Op(
 )
 
 
+def fake_result(query, value):
+    """Empty (out, lse) of any attention operator."""
+    lse_dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
+    out = query.new_empty((*query.shape[:3], value.shape[3]))
+    return out, query.new_empty(query.shape[:3], dtype=lse_dtype)
+
+
 @op.fake
 def _(query, key, value, indices, counts, q_block, kv_block, causal=True, sink=0, window=0,
       scale=None):  # fmt: skip
-    shape = (*query.shape[:3], value.shape[3])
-    lse_dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
-    return query.new_empty(shape), query.new_empty(query.shape[:3], dtype=lse_dtype)
+    return fake_result(query, value)
 
 
 @op.validate

@@ -77,7 +77,11 @@ def pad_sum(x, block, dim=-1):
     pad = -x.shape[dim] % block
     shape = list(x.shape)
     shape[dim] = pad
-    return torch.cat([x, x.new_zeros(shape)], dim).unflatten(dim, (-1, block)).sum(dim + 1 if dim >= 0 else dim)
+    return (
+        torch.cat([x, x.new_zeros(shape)], dim)
+        .unflatten(dim, (-1, block))
+        .sum(dim + 1 if dim >= 0 else dim)
+    )
 
 
 def block_means(x, block):
@@ -105,9 +109,12 @@ def official(q, k, gamma, tau, low, high, block, factor):
     p = scores.softmax(-1)
     vertical = p.mean(0)
     distance_from_far = column - row + (rows - 1)  # slash index i = distance n - 1 - i
-    slash = torch.zeros(n + rows, device=p.device).index_add_(
-        0, distance_from_far.flatten().to(p.device), p.flatten()
-    )[:n] / rows
+    slash = (
+        torch.zeros(n + rows, device=p.device).index_add_(
+            0, distance_from_far.flatten().to(p.device), p.flatten()
+        )[:n]
+        / rows
+    )
 
     def cover(x):
         return int((x.sort(descending=True).values.cumsum(0) <= gamma).sum()) + 1
@@ -161,9 +168,13 @@ def exact(q, k, gamma, tau, low, high, block, factor):
     visible = visible_blocks(n_queries, n_keys, block, q.device)
     mask = visible & diagonal_and_sink(first, last, n_blocks, block)
     rows = min(block, n_queries, n_keys)
-    p = ((q[-rows:].float() @ k.float().T) * factor).masked_fill(
-        torch.ones(rows, n_keys, device=q.device).triu(n_keys - rows + 1).bool(), -torch.inf
-    ).softmax(-1)
+    p = (
+        ((q[-rows:].float() @ k.float().T) * factor)
+        .masked_fill(
+            torch.ones(rows, n_keys, device=q.device).triu(n_keys - rows + 1).bool(), -torch.inf
+        )
+        .softmax(-1)
+    )
 
     size = pad_sum(torch.ones(n_keys, device=q.device), block)
     mean_key = block_means(k, block)

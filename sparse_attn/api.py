@@ -1,0 +1,209 @@
+"""The public functions: attention, select, explain, backends, info."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+
+from . import _ext, cpu_isa
+from .block_index import BlockIndex
+from .crossover import dense_is_faster
+from .methods import Selection, resolve
+from .methods.dense import Dense
+from .ops import _checks as check
+from .ops.block_sparse_attention import op as attend
+from .registry import BACKENDS, OPS
+
+
+class Stats(NamedTuple):
+    """What a call did: the backend, the share of visible blocks computed, why it was dense."""
+
+    method: str
+    backend: str
+    density: float
+    fallback: str | None
+
+
+def attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    method: Any = "flex_prefill",
+    *,
+    index: BlockIndex | None = None,
+    causal: bool = True,
+    scale: float | None = None,
+    backend: str | None = None,
+    fallback: bool = True,
+    return_lse: bool = False,
+    return_stats: bool = False,
+) -> Any:
+    """Sparse attention by a method, or over a given index.
+
+    Args:
+        query: [B, Hq, Tq, D] float32, float16 or bfloat16, any strides.
+        key: [B, Hkv, Tk, D]; query head h reads KV head h // (Hq // Hkv).
+        value: [B, Hkv, Tk, Dv].
+        method: a name or a config such as `FlexPrefill(gamma=0.9)`.
+        index: attend to these blocks instead of selecting any.
+        causal: query i stands at position Tk - Tq + i and sees keys up to itself (bottom-right
+            aligned, unlike torch's `is_causal`).
+        scale: multiplies query @ key; None for 1 / sqrt(D).
+        backend: one of "cpp", "triton", "cuda", "reference"; None chooses. Never falls back.
+        fallback: take the dense path where it is known to be faster.
+        return_lse: also return the log-sum-exp, float32 [B, Hq, Tq], natural log.
+        return_stats: also return `Stats`; reads the index on the host.
+
+    Returns:
+        out [B, Hq, Tq, Dv] in query's dtype, then lse and stats if asked for.
+
+    Raises:
+        ValueError, TypeError: an argument is not legal; the message names it.
+        NotImplementedError: no backend, or not the one asked for, can serve the call.
+    """
+    check.query_key_value(query, key, value)
+    dense_because = None
+    if index is not None:
+        selection, name = Selection(index), "index"
+    else:
+        config = resolve(method)
+        name = config.name
+        dense_because = _dense_because(config, query, key, causal, fallback, backend)
+        selector = config if dense_because is None else Dense()
+        selection = selector.select(query, key, causal=causal, scale=scale, backend=backend)
+    chosen, sink, window = selection
+    out, lse = attend(query, key, value, *chosen, causal, sink, window, scale, backend=backend)
+    results = [out]
+    if return_lse:
+        results.append(lse)
+    if return_stats:
+        args = attend.bind(query, key, value, *chosen, causal, sink, window, scale)
+        results.append(
+            Stats(
+                name,
+                attend.select(args, backend).backend,
+                _density(selection, query.shape[2], key.shape[2], causal),
+                dense_because,
+            )
+        )
+    return results[0] if len(results) == 1 else tuple(results)
+
+
+def _density(selection: Selection, n_queries: int, n_keys: int, causal: bool) -> float:
+    if selection.sink >= n_keys:
+        return 1.0
+    return selection.index.density(n_queries, n_keys, causal)
+
+
+def _dense_because(
+    config: Any,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    causal: bool,
+    fallback: bool,
+    backend: str | None,
+) -> str | None:
+    """Why a call takes the dense path; raises if the method cannot serve it."""
+    reason = config.why_not(query, key, causal)
+    if reason is not None:
+        raise NotImplementedError(f"method {config.name!r} cannot serve this call: {reason}")
+    if not fallback:
+        return None
+    return dense_is_faster(config.name, backend or _backend_for(query), query, key)
+
+
+def _backend_for(query: torch.Tensor) -> str:
+    """The backend that attends where none was asked for."""
+    row = next(
+        (i for i in attend.impls if i.device in ("any", query.device.type) and not i.missing), None
+    )
+    return row.backend if row is not None else "reference"
+
+
+def select(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    method: Any = "flex_prefill",
+    *,
+    causal: bool = True,
+    scale: float | None = None,
+    backend: str | None = None,
+) -> BlockIndex:
+    """The blocks a method would attend to: look before you attend, reuse across steps or layers."""
+    check.query_key(query, key)
+    config = resolve(method)
+    reason = config.why_not(query, key, causal)
+    if reason is not None:
+        raise NotImplementedError(f"method {config.name!r} cannot serve this call: {reason}")
+    selection = config.select(query, key, causal=causal, scale=scale, backend=backend)
+    if selection.sink or selection.window:
+        raise NotImplementedError(
+            f"method {config.name!r} also attends to a sink of {selection.sink} and a window of "
+            f"{selection.window} tokens, which an index cannot hold; call attention() with it"
+        )
+    return selection.index
+
+
+def explain(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    method: Any = "flex_prefill",
+    *,
+    causal: bool = True,
+    backend: str | None = None,
+    fallback: bool = True,
+) -> str:
+    """In words: what `attention` would do with these arguments, and why not otherwise."""
+    check.query_key_value(query, key, value)
+    config = resolve(method)
+    lines = [f"method {config.name}: {config}"]
+    reason = config.why_not(query, key, causal)
+    if reason is not None:
+        return "\n".join([*lines, f"cannot serve this call: {reason}"])
+    dense = _dense_because(config, query, key, causal, fallback, backend)
+    if dense is not None:
+        lines.append(f"takes the dense path: {dense} (fallback=False forces the method)")
+    index = Dense().select(query, key).index
+    args = attend.bind(query, key, value, *index, causal, key.shape[2])
+    reasons = attend.reasons(args)
+    chosen = next((i.backend for i in attend.impls if reasons[i.backend] is None), None)
+    chosen = backend or chosen
+    for name in BACKENDS:
+        verdict = "used" if name == chosen and reasons[name] is None else reasons[name]
+        lines.append(f"  {name}: {verdict or 'could serve, is not preferred'}")
+    return "\n".join(lines)
+
+
+def backends() -> dict[str, dict[str, str | None]]:
+    """For each operator and backend None if it is ready on this machine, otherwise why not."""
+    table: dict[str, dict[str, str | None]] = {}
+    for name, op in sorted(OPS.items()):
+        rows = {row.backend: row for row in op.impls}
+        table[name] = {}
+        for backend in BACKENDS:
+            row = rows.get(backend)
+            why = "not implemented for this operator" if row is None else row.missing
+            if row is not None and row.device == "cuda" and not torch.cuda.is_available():
+                why = why or "no CUDA device"
+            table[name][backend] = why
+    return table
+
+
+def info() -> str:
+    """Versions, the instruction set, and what each operator can run on; for bug reports."""
+    from . import __version__
+
+    lines = [f"sparse_attn {__version__}, torch {torch.__version__}"]
+    lines.append(f"C++ extension: {_ext.cpp_missing or 'loaded'}")
+    if _ext.cpp_missing is None:
+        lines.append(
+            f"instruction set: {cpu_isa.cpu_isa()} of {', '.join(cpu_isa.available())}; "
+            f"{torch.get_num_threads()} threads"
+        )
+    lines.append(f"CUDA device: {torch.cuda.is_available()}")
+    for name, row in backends().items():
+        ready = [b for b, why in row.items() if why is None]
+        lines.append(f"{name}: {', '.join(ready)}")
+    return "\n".join(lines)

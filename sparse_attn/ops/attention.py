@@ -1,0 +1,59 @@
+"""The dispatch as an operator: a method by name, its options as JSON."""
+
+from __future__ import annotations
+
+import json
+
+from ..registry import Op
+from . import _checks as check
+from .block_sparse_attention import fake_result
+from .block_sparse_attention import op as attend
+
+op = Op(
+    "attention",
+    '(Tensor query, Tensor key, Tensor value, str method, str options="{}", bool causal=True, '
+    "float? scale=None) -> (Tensor out, Tensor lse)",
+)
+
+
+@op.fake
+def _(query, key, value, method, options="{}", causal=True, scale=None):
+    return fake_result(query, value)
+
+
+def config_of(method, options):
+    """The method's config from its name and a JSON object of its fields."""
+    from ..methods import METHODS, resolve
+
+    resolve(method)
+    try:
+        fields = json.loads(options)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"options: expected a JSON object, got {options!r} ({error})") from None
+    if not isinstance(fields, dict):
+        raise ValueError(f"options: expected a JSON object, got {options!r}")
+    try:
+        return METHODS[method](**fields)
+    except TypeError as error:
+        raise ValueError(f"options: {method} does not take {options!r}: {error}") from None
+
+
+@op.validate
+def _(query, key, value, method, options, causal, scale):
+    check.query_key_value(query, key, value)
+    check.finite_scale(scale)
+    config_of(method, options)
+
+
+def _run(backend, query, key, value, method, options, causal, scale):
+    from ..api import attention
+
+    return attention(
+        query, key, value, config_of(method, options), causal=causal, scale=scale,
+        backend=backend, return_lse=True,
+    )  # fmt: skip
+
+
+op.composite("cpp", "cpu", _run, of=(attend,))
+op.composite("reference", "any", _run, of=(attend,))
+op.no_grad("Detach the inputs, or train with dense attention.")
