@@ -110,7 +110,12 @@ class Op:
         LIBRARY.impl(f"{name}.{backend}", kernel, DISPATCH_KEYS[device])
 
     def composite(
-        self, backend: str, device: str, fn: Callable[..., Any], of: tuple[Op, ...]
+        self,
+        backend: str,
+        device: str,
+        fn: Callable[..., Any],
+        of: tuple[Op, ...],
+        when: Callable[..., bool | str] = lambda *args: True,
     ) -> None:
         """Adds an implementation that calls the operators `of` with the same backend.
 
@@ -127,7 +132,7 @@ class Op:
             row = next((i for i in part.impls if i.backend == backend), None)
             why = f"{part.name} has no {backend} kernel" if row is None else row.missing
             missing = missing or why
-        self._add(backend, device, lambda *args: True, missing)
+        self._add(backend, device, when, missing)
 
     def _add(
         self, backend: str, device: str, when: Callable[..., bool | str], missing: str | None

@@ -4,6 +4,9 @@
 
 namespace sparse_attn {
 
+// static: each unit has its own copy, compiled for its own instruction set
+static inline int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
+
 enum class DType : int { f32, f16, bf16 };
 
 // Strides are in elements; the last dimension of every tensor is contiguous.
@@ -23,6 +26,17 @@ struct BlockSparseAttentionParams {
   int64_t sink, window;
   float scale;
   bool causal;
+  DType dtype;
+};
+
+struct FlexPrefillParams {
+  const void* query;  // [B, Hq, Tq, D]
+  const void* key;    // [B, Hkv, Tk, D]
+  int64_t query_stride[3], key_stride[3];
+  int64_t B, Hq, Hkv, Tq, Tk, D;
+  int64_t block;  // tokens per block
+  int64_t probe;  // probe rows: the last queries, at most a block
+  float scale;
   DType dtype;
 };
 

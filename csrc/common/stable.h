@@ -20,12 +20,12 @@ namespace sparse_attn {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-inline DType dtype_of(const Tensor& t) {
+inline DType dtype_of(const Tensor& t, const char* name) {
   switch (t.scalar_type()) {
     case ScalarType::Float: return DType::f32;
     case ScalarType::Half: return DType::f16;
     case ScalarType::BFloat16: return DType::bf16;
-    default: SA_CHECK(false, "expected float32, float16 or bfloat16"); return DType::f32;
+    default: SA_CHECK(false, name, ": expected float32, float16 or bfloat16"); return DType::f32;
   }
 }
 

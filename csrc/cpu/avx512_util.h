@@ -4,6 +4,8 @@
 
 #include <cstdint>
 
+#include "../common/params.h"
+
 namespace sparse_attn {
 namespace {
 
@@ -50,6 +52,27 @@ inline void transpose16(__m512i r[16]) {
     r[i + 8] = _mm512_shuffle_i32x4(t[i], t[i + 8], 0xdd);
     r[i + 4] = _mm512_shuffle_i32x4(t[i + 4], t[i + 12], 0x88);
     r[i + 12] = _mm512_shuffle_i32x4(t[i + 4], t[i + 12], 0xdd);
+  }
+}
+
+// Queries to lanes: [lanes / 16][D rounded up to 32, / 2][16]; row_of(lane) may be null
+template <class RowOf>
+inline void pack_lanes(RowOf row_of, int64_t lanes, int64_t D, bool negate, uint32_t* out) {
+  const __m512i sign = _mm512_set1_epi16(negate ? static_cast<short>(0x8000) : 0);
+  for (int64_t lane = 0; lane < lanes; lane += 16) {
+    for (int64_t d = 0; d < round_up(D, 32); d += 32) {
+      const __mmask32 mask = first_halves(D - d);
+      __m512i r[16];
+      for (int i = 0; i < 16; ++i) {
+        const uint16_t* from = row_of(lane + i);
+        r[i] = from == nullptr
+                   ? _mm512_setzero_si512()
+                   : _mm512_xor_si512(sign, _mm512_maskz_loadu_epi16(mask, from + d));
+      }
+      transpose16(r);
+      uint32_t* to = out + (lane * round_up(D, 32) + d * 16) / 2;
+      for (int i = 0; i < 16; ++i) _mm512_store_si512(to + i * 16, r[i]);
+    }
   }
 }
 

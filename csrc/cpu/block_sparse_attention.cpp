@@ -1,11 +1,8 @@
 // Driver: cuts the call into tiles, deals them to threads, joins what was split over keys.
 #include "block_sparse_attention.h"
 
-#include <atomic>
 #include <cmath>
-#include <cstdlib>
 #include <limits>
-#include <memory>
 #include <optional>
 #include <tuple>
 
@@ -13,6 +10,7 @@
 #include "cpu_isa.h"
 #include "dtype_convert.h"
 #include "key_groups.h"
+#include "threads.h"
 
 namespace sparse_attn {
 namespace {
@@ -38,18 +36,6 @@ Kernels choose_kernels(const Params& p) {
   if (isa == CpuIsa::avx2) return {&kAttentionAvx2, &kDecodeAvx2};
 #endif
   return {&kAttentionPortable, &kDecodePortable};
-}
-
-struct Free {
-  void operator()(void* p) const { std::free(p); }
-};
-using Buffer = std::unique_ptr<char[], Free>;
-
-Buffer allocate(int64_t bytes) {
-  const size_t rounded = (static_cast<size_t>(bytes) + 63) / 64 * 64 + 64;
-  char* p = static_cast<char*>(std::aligned_alloc(64, rounded));
-  SA_CHECK(p != nullptr, "out of memory: ", bytes, " bytes of scratch");
-  return Buffer(p);
 }
 
 struct Work {
@@ -87,17 +73,6 @@ std::vector<Work> make_tiles(const Params& p) {
   std::stable_sort(tiles.begin(), tiles.end(),
                    [](const Work& a, const Work& b) { return a.tokens > b.tokens; });
   return tiles;
-}
-
-// Runs body(i, thread's own state) for i in [0, n), dealt one by one.
-template <class MakeState, class Body>
-void deal(int64_t n, MakeState make_state, Body body) {
-  std::atomic<int64_t> next{0};
-  const int64_t threads = std::min<int64_t>(n, torch::stable::get_num_threads());
-  torch::stable::parallel_for(0, threads, 1, [&](int64_t, int64_t) {
-    auto state = make_state();
-    for (int64_t i; (i = next.fetch_add(1)) < n;) body(i, state);
-  });
 }
 
 void check_index(const Params& p) {
@@ -241,10 +216,47 @@ void run(const Params& p) {
   });
 }
 
+// The Python side says all of this better; a direct call of the overload must be safe as well.
+void check_arguments(const Tensor& query, const Tensor& key, const Tensor& value,
+                     const Tensor& indices, const Tensor& counts, int64_t q_block,
+                     int64_t kv_block, int64_t sink, int64_t window, std::optional<double> scale) {
+  SA_CHECK(query.dim() == 4 && query.numel() > 0, "query: expected [B, Hq, Tq, D], not empty");
+  SA_CHECK(key.dim() == 4 && key.numel() > 0, "key: expected [B, Hkv, Tk, D], not empty");
+  SA_CHECK(value.dim() == 4 && value.numel() > 0, "value: expected [B, Hkv, Tk, Dv], not empty");
+  dtype_of(query, "query");
+  SA_CHECK(key.scalar_type() == query.scalar_type(), "key: dtype differs from query's");
+  SA_CHECK(value.scalar_type() == query.scalar_type(), "value: dtype differs from query's");
+  SA_CHECK(key.size(0) == query.size(0) && key.size(3) == query.size(3),
+           "key: batch size or head_dim differs from query's");
+  SA_CHECK(value.size(0) == key.size(0) && value.size(1) == key.size(1) &&
+               value.size(2) == key.size(2),
+           "value: batch size, number of heads or length differs from key's");
+  SA_CHECK(query.size(1) % key.size(1) == 0, "query: heads are no multiple of key's");
+  SA_CHECK(q_block >= 1 && q_block <= kMaxRows, "q_block: got ", q_block, ", expected 1 to 128");
+  SA_CHECK(kv_block >= 1 && kv_block <= 128, "kv_block: got ", kv_block, ", expected 1 to 128");
+  SA_CHECK(indices.dim() == 4 && indices.scalar_type() == ScalarType::Int,
+           "indices: expected int32 [B, Hi, Mq, K]");
+  SA_CHECK(counts.dim() == 3 && counts.scalar_type() == ScalarType::Int,
+           "counts: expected int32 [B, Hi, Mq]");
+  const int64_t Hi = indices.size(1);
+  SA_CHECK(indices.size(0) == query.size(0) &&
+               (Hi == 1 || Hi == key.size(1) || Hi == query.size(1)) &&
+               indices.size(2) == (query.size(2) + q_block - 1) / q_block,
+           "indices: batch size, heads or query blocks do not fit the query");
+  for (int i = 0; i < 3; ++i)
+    SA_CHECK(counts.size(i) == indices.size(i), "counts: shape differs from that of indices");
+  SA_CHECK(sink >= 0, "sink: got ", sink, ", expected 0 or more");
+  SA_CHECK(window >= 0, "window: got ", window, ", expected 0 or more");
+  SA_CHECK(std::isfinite(scale.value_or(0)), "scale: expected a finite number");
+  for (const Tensor* t : {&query, &key, &value, &indices, &counts})
+    SA_CHECK(t->is_cpu(), "query, key, value, indices, counts: expected CPU tensors");
+}
+
 std::tuple<Tensor, Tensor> block_sparse_attention(Tensor query, Tensor key, Tensor value,
                                                   Tensor indices, Tensor counts, int64_t q_block,
                                                   int64_t kv_block, bool causal, int64_t sink,
                                                   int64_t window, std::optional<double> scale) {
+  check_arguments(query, key, value, indices, counts, q_block, kv_block, sink, window, scale);
   Params p{};
   p.B = query.size(0), p.Hq = query.size(1), p.Tq = query.size(2), p.D = query.size(3);
   p.Hkv = key.size(1), p.Tk = key.size(2), p.Dv = value.size(3);
@@ -252,7 +264,7 @@ std::tuple<Tensor, Tensor> block_sparse_attention(Tensor query, Tensor key, Tens
   p.q_block = q_block, p.kv_block = kv_block;
   p.sink = std::min(sink, p.Tk), p.window = std::min(window, p.Tk + p.Tq), p.causal = causal;
   p.scale = static_cast<float>(scale.value_or(1.0 / std::sqrt(static_cast<double>(p.D))));
-  p.dtype = dtype_of(query);
+  p.dtype = dtype_of(query, "query");
   query = last_dim_contiguous(query), key = last_dim_contiguous(key);
   value = last_dim_contiguous(value), indices = last_dim_contiguous(indices);
   Tensor out = torch::stable::new_empty(query, {p.B, p.Hq, p.Tq, p.Dv});

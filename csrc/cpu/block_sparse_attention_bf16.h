@@ -43,7 +43,6 @@ inline T greater(T a, U b) {
   return a > static_cast<T>(b) ? a : static_cast<T>(b);
 }
 
-inline int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 inline int64_t padded_d(const Params& p) { return round_up(p.D, 32); }
 inline int64_t padded_dv(const Params& p) { return round_up(p.Dv, 32); }
 
@@ -200,24 +199,12 @@ class Tile {
   int64_t query_of(int64_t r) const { return tile_.query + r % tile_.queries; }
 
   void pack_queries() {
-    const __m512i sign = _mm512_set1_epi16(p_.scale < 0 ? static_cast<short>(0x8000) : 0);
-    for (int64_t lane = 0; lane < blocks_ * kLanes; lane += 16) {
-      for (int64_t d = 0; d < padded_d(p_); d += 32) {
-        const __mmask32 mask = first_halves(p_.D - d);
-        __m512i r[16];
-        for (int i = 0; i < 16; ++i) {
-          const int64_t n = lane + i;
-          r[i] = n < tile_.rows()
-                     ? _mm512_xor_si512(sign, _mm512_maskz_loadu_epi16(
-                                                  mask, row(p_.query, p_.query_stride, tile_.batch,
-                                                            head_of(n), query_of(n)) + d))
-                     : _mm512_setzero_si512();
-        }
-        transpose16(r);
-        uint32_t* to = s_.q + (lane * padded_d(p_) + d * 16) / 2;
-        for (int i = 0; i < 16; ++i) _mm512_store_si512(to + i * 16, r[i]);
-      }
-    }
+    pack_lanes(
+        [&](int64_t r) {
+          return r < tile_.rows() ? row(p_.query, p_.query_stride, tile_.batch, head_of(r), query_of(r))
+                                  : nullptr;
+        },
+        blocks_ * kLanes, p_.D, p_.scale < 0, s_.q);
   }
 
   void start_rows() {

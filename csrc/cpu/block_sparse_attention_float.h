@@ -15,8 +15,6 @@ constexpr int kWidth = Vec::kWidth;
 constexpr int kLanes = 2 * kWidth;          // queries of a lane block
 constexpr int kChunkKeys = 2 * kGroupKeys;  // keys whose scores are held at once
 
-inline int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
-
 inline const char* element(DType dtype, const void* base, const int64_t stride[3], int64_t b,
                            int64_t h, int64_t t) {
   return static_cast<const char*>(base) +

@@ -39,11 +39,21 @@ void merge_rows(const Tensor& out_a, const Tensor& lse_a, const Tensor& out_b, c
 
 std::tuple<Tensor, Tensor> merge_attention_states(Tensor out_a, Tensor lse_a, Tensor out_b,
                                                   Tensor lse_b) {
+  SA_CHECK(out_a.dim() == 4 && out_b.dim() == 4, "out_a, out_b: expected [B, H, T, Dv]");
+  SA_CHECK(out_b.scalar_type() == out_a.scalar_type(), "out_b: dtype differs from out_a's");
+  for (const Tensor* lse : {&lse_a, &lse_b}) {
+    SA_CHECK(lse->dim() == 3 && lse->scalar_type() == ScalarType::Float,
+             "lse_a, lse_b: expected float32 [B, H, T]");
+    for (int i = 0; i < 3; ++i)
+      SA_CHECK(lse->size(i) == out_a.size(i), "lse_a, lse_b: shape differs from out_a's");
+  }
+  for (int i = 0; i < 4; ++i)
+    SA_CHECK(out_b.size(i) == out_a.size(i), "out_b: shape differs from out_a's");
   out_a = last_dim_contiguous(out_a), out_b = last_dim_contiguous(out_b);
   const int64_t B = out_a.size(0), H = out_a.size(1), T = out_a.size(2), Dv = out_a.size(3);
   Tensor out = torch::stable::new_empty(out_a, {B, H, T, Dv});
   Tensor lse = torch::stable::new_empty(out_a, {B, H, T}, ScalarType::Float);
-  switch (dtype_of(out_a)) {
+  switch (dtype_of(out_a, "out_a")) {
     case DType::f32: merge_rows<float>(out_a, lse_a, out_b, lse_b, out, lse); break;
     case DType::f16: merge_rows<c10::Half>(out_a, lse_a, out_b, lse_b, out, lse); break;
     case DType::bf16: merge_rows<c10::BFloat16>(out_a, lse_a, out_b, lse_b, out, lse); break;

@@ -36,6 +36,10 @@ def _run(backend, query, key, value, *options):
     )  # fmt: skip
 
 
-op.composite("cpp", "cpu", _run, of=(select, attend))
+def _selector_serves(query, key, value, *options):
+    return select.reasons((query, key, *options))["cpp"] or True
+
+
+op.composite("cpp", "cpu", _run, of=(select, attend), when=_selector_serves)
 op.composite("reference", "any", _run, of=(select, attend))
 op.no_grad("Detach the inputs, or train with dense attention.")

@@ -72,5 +72,12 @@ def _(query, key, gamma, tau, min_budget, max_budget, block_size, variant, causa
         raise ValueError(f"variant, causal: {reason}")
 
 
+def _cpp_serves(query, key, gamma, tau, min_budget, max_budget, block_size, variant, *args):
+    if variant == "official":
+        return "the official variant is served by the reference"
+    return check.not_float64(query)
+
+
+op.impl("cpp", device="cpu", when=_cpp_serves)
 op.impl("reference", device="any")
 op.no_grad("A selection has no gradient: call it on detached tensors.")

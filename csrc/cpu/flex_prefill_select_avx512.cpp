@@ -1,0 +1,9 @@
+#if defined(__x86_64__)
+#include "flex_prefill_select_probe.h"
+
+namespace sparse_attn {
+
+const ProbeKernel kProbeAvx512 = probe_kernel<FloatScorer>();
+
+}  // namespace sparse_attn
+#endif

@@ -1,0 +1,70 @@
+"""Inputs and comparisons that the operator tests share."""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+
+from sparse_attn import cpu_isa
+from sparse_attn.block_index import BlockIndex
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+ISAS = cpu_isa.available()
+# every way to run an operator on this machine: (backend, instruction set)
+RUNS = [("reference", None), *(("cpp", isa) for isa in ISAS)]
+# far below one unit in the last place of a result of size 1, for rows whose dense error is 0
+FLOOR = {torch.float32: 5e-7, torch.float16: 2e-4, torch.bfloat16: 2e-3}
+
+
+@contextmanager
+def instruction_set(isa: str | None):
+    """Runs the C++ kernels with one instruction set."""
+    if isa is not None:
+        cpu_isa.cpu_isa(isa)
+    try:
+        yield
+    finally:
+        if isa is not None:
+            cpu_isa.cpu_isa("auto")
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Sizes of one attention call."""
+
+    B: int = 1
+    Hq: int = 2
+    Hkv: int = 1
+    Tq: int = 70
+    Tk: int = 70
+    D: int = 64
+    Dv: int = 64
+    Hi: int = 2
+    q_block: int = 64
+    kv_block: int = 64
+    share: float = 0.5  # of the blocks that is listed
+
+
+def inputs(s: Shape, dtype: torch.dtype = torch.float32, spread: float = 1.0):
+    """query, key, value as [B, T, H, D] tensors seen as [B, H, T, D]: what models hand over."""
+    query = torch.randn(s.B, s.Tq, s.Hq, s.D).mul(spread).to(dtype).transpose(1, 2)
+    key = torch.randn(s.B, s.Tk, s.Hkv, s.D).to(dtype).transpose(1, 2)
+    value = torch.randn(s.B, s.Tk, s.Hkv, s.Dv).to(dtype).transpose(1, 2)
+    return query, key, value
+
+
+def index(s: Shape) -> BlockIndex:
+    rows, blocks = -(-s.Tq // s.q_block), -(-s.Tk // s.kv_block)
+    return BlockIndex.from_mask(
+        torch.rand(s.B, s.Hi, rows, blocks) < s.share, s.q_block, s.kv_block
+    )
+
+
+def assert_as_accurate(got, exact, dense, dtype):
+    """|got - exact| <= 2 |dense - exact| + floor, where dense is the computation in `dtype`."""
+    error = (got.double() - exact.double()).abs().max().item()
+    allowed = 2 * (dense.double() - exact.double()).abs().max().item()
+    size = max(1.0, exact.double().abs().max().item())
+    assert error <= allowed + FLOOR[dtype] * size, f"error {error:.3g}, allowed {allowed:.3g}"

@@ -1,0 +1,253 @@
+import itertools
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from sparse_attn.block_index import BlockIndex
+from sparse_attn.ops.block_sparse_attention import op
+from tests.cases import DTYPES, RUNS, Shape, assert_as_accurate, index, inputs, instruction_set
+
+
+def check(run, shape, dtype, causal=True, sink=0, window=0, scale=None, spread=1.0, listed=None):
+    """A backend against the float64 reference, with the error of the plain dense computation."""
+    backend, isa = run
+    query, key, value = inputs(shape, dtype, spread)
+    listed = index(shape) if listed is None else listed
+    args = (*listed, causal, sink, window, scale)
+    exact, exact_lse = op.default(query.double(), key.double(), value.double(), *args)
+    dense, dense_lse = dense_in_dtype(query, key, value, listed, causal, sink, window, scale)
+    with instruction_set(isa):
+        out, lse = op(query, key, value, *args, backend=backend)
+    assert out.shape == exact.shape and out.dtype == dtype and lse.dtype == torch.float32
+    seen = exact_lse.isfinite()
+    assert torch.equal(lse.isfinite(), seen) and (lse[~seen] == -torch.inf).all()
+    assert (out[~seen] == 0).all()
+    assert_as_accurate(out, exact, dense, dtype)
+    # lse is float32 whatever the inputs are, but its scores come from products in `dtype`
+    assert_as_accurate(lse[seen], exact_lse[seen], dense_lse[seen], torch.float32) if (
+        seen.any() and dtype == torch.float32
+    ) else None
+    if seen.any():
+        assert (lse[seen] - exact_lse[seen]).abs().max() <= 2e-3 + 1e-6 * lse[seen].abs().max()
+
+
+def dense_in_dtype(query, key, value, listed, causal, sink, window, scale):
+    """Softmax attention as written, every step rounded to the inputs' dtype, scores in float32."""
+    from sparse_attn.reference.block_sparse_attention import token_mask
+
+    heads, groups = query.shape[1], query.shape[1] // key.shape[1]
+    mask = token_mask(
+        listed.indices, listed.counts, slice(0, query.shape[2]),
+        (heads, key.shape[1], query.shape[2], key.shape[2]),
+        listed.q_block, listed.kv_block, causal, sink, window,
+    )  # fmt: skip
+    scale = query.shape[3] ** -0.5 if scale is None else scale
+    keys, values = (x.repeat_interleave(groups, 1).float() for x in (key, value))
+    scores = (query.float() @ keys.mT * scale).masked_fill(~mask, -torch.inf)
+    lse = scores.logsumexp(-1)
+    weights = (scores - lse.masked_fill(~mask.any(-1), 0)[..., None]).exp()
+    return (weights.to(query.dtype).float() @ values).to(query.dtype), lse
+
+
+@pytest.mark.parametrize("run", RUNS, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    "shape",
+    [
+        Shape(Tq=200, Tk=333, Hq=4, Hkv=2, Hi=4, q_block=64, kv_block=64),
+        Shape(Tq=300, Tk=300, Hi=1, q_block=128, kv_block=128, D=128, Dv=128, B=2),
+        Shape(Tq=1, Tk=4500, Hq=8, Hkv=2, Hi=2, q_block=1, kv_block=16, share=0.3),
+        Shape(Tq=33, Tk=6000, Hq=2, Hkv=1, Hi=2, q_block=17, kv_block=1, share=0.05),
+        Shape(Tq=50, Tk=31, D=40, Dv=24, Hi=1, q_block=16, kv_block=17),
+        Shape(Tq=5, Tk=1, D=8, Dv=8, share=1.0),
+        Shape(Tq=130, Tk=257, D=96, Dv=192, Hq=6, Hkv=2, Hi=2, q_block=5, kv_block=3),
+        Shape(Tq=65, Tk=65, D=256, Dv=256, kv_block=32),
+        Shape(Tq=40, Tk=40, D=33, Dv=1, kv_block=128, q_block=128),
+    ],
+    ids=str,
+)
+def test_parity(run, dtype, shape):
+    check(run, shape, dtype)
+    check(run, shape, dtype, causal=False, scale=0.3)
+    check(run, shape, dtype, sink=7, window=19, scale=-0.1)
+
+
+@pytest.mark.parametrize("run", RUNS, ids=str)
+@settings(max_examples=25)
+@given(data=st.data())
+def test_any_shape(run, data):
+    pick = lambda *xs: data.draw(st.sampled_from(xs))  # noqa: E731
+    length = lambda: data.draw(st.integers(1, 140))  # noqa: E731
+    kv_heads, group = pick(1, 2), pick(1, 2, 3)
+    shape = Shape(
+        B=pick(1, 2), Hkv=kv_heads, Hq=kv_heads * group, Hi=pick(1, kv_heads, kv_heads * group),
+        Tq=length(), Tk=length(), D=pick(8, 32, 64, 72), Dv=pick(8, 32, 64, 80),
+        q_block=data.draw(st.integers(1, 128)), kv_block=data.draw(st.integers(1, 128)),
+        share=pick(0.0, 0.2, 1.0),
+    )  # fmt: skip
+    check(
+        run, shape, pick(*DTYPES), causal=pick(True, False), sink=pick(0, 1, 40, 500),
+        window=pick(0, 1, 33, 500), scale=pick(None, 0.0, 1.0),
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("run", RUNS, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_no_block_and_dense(run, dtype):
+    shape = Shape(Tq=140, Tk=150, Hi=1)
+    empty = BlockIndex(torch.empty(1, 1, 3, 0, dtype=torch.int32),
+                       torch.zeros(1, 1, 3, dtype=torch.int32), 64, 64)  # fmt: skip
+    check(run, shape, dtype, listed=empty)
+    check(run, shape, dtype, listed=empty, sink=150)
+    check(run, shape, dtype, listed=empty, causal=False, window=9)
+
+
+@pytest.mark.parametrize("run", RUNS, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_extreme_logits(run, dtype):
+    """Logits of about +-1e4: no overflow, no NaN, the largest key wins."""
+    query, key, value = inputs(Shape(Tq=64, Tk=300, Hi=1), dtype)
+    query, key = query.sign() * 12, key.sign() * 12
+    listed = BlockIndex.full(64, 300, 64, 64)
+    args = (query, key, value, *listed, True, 0, 0, 1.0)
+    exact, exact_lse = op(*(x.double() for x in args[:3]), *args[3:])
+    with instruction_set(run[1]):
+        out, lse = op(*args, backend=run[0])
+    assert exact_lse.abs().max() > 3000
+    torch.testing.assert_close(lse.double(), exact_lse, rtol=1e-6, atol=1e-3)
+    torch.testing.assert_close(out.double(), exact, rtol=2e-2, atol=2e-2)
+
+
+@pytest.mark.parametrize("run", RUNS, ids=str)
+def test_strides_and_determinism(run):
+    shape = Shape(B=2, Tq=90, Tk=128, Hq=4, Hkv=2, Hi=4, q_block=32, kv_block=32)
+    query, key, value = inputs(shape, torch.bfloat16)
+    listed = index(shape)
+    wide = torch.randn(2, 2, 128, 2, 64, dtype=torch.bfloat16)
+    wide[..., 0, :], wide[..., 1, :] = key, value
+    last = query.transpose(2, 3).contiguous().transpose(2, 3)
+    with instruction_set(run[1]):
+        one = op(query, key, value, *listed, backend=run[0])
+        for q, k, v in (
+            (query.contiguous(), key.contiguous(), value.contiguous()),
+            (last, wide[..., 0, :], wide[..., 1, :]),
+        ):
+            two = op(q, k, v, *listed, backend=run[0])
+            assert torch.equal(one[0], two[0]) and torch.equal(one[1], two[1])
+        shared = [x[:1].expand(2, -1, -1, -1) for x in (query, key, value)]
+        first = BlockIndex(listed.indices[:1], listed.counts[:1], 32, 32)
+        both = BlockIndex(*(x[:1].expand(2, *x.shape[1:]) for x in listed[:2]), 32, 32)
+        out = op(*shared, *both, backend=run[0])[0]
+        assert torch.equal(out[0], out[1])
+        alone = op(*(x[:1] for x in shared), *first, backend=run[0])[0]
+        assert torch.equal(out[:1], alone)
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+def test_threads_do_not_change_the_result(threads):
+    shape = Shape(Tq=1, Tk=9000, Hq=4, Hi=1, q_block=1, kv_block=64)
+    args = (*inputs(shape, torch.bfloat16), *index(shape))
+    before = torch.get_num_threads()
+    one = op(*args)[0]
+    try:
+        torch.set_num_threads(threads)
+        assert torch.equal(one, op(*args)[0])
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_rows_see_only_their_keys():
+    """Keys above the diagonal may hold anything finite: they never reach a row."""
+    query, key, value = inputs(Shape(Tq=64, Tk=64), torch.bfloat16)
+    listed = BlockIndex.full(64, 64, 64, 64)
+    before = op(query, key, value, *listed)[0][:, :, :40]
+    key, value = key.clone(), value.clone()
+    key[:, :, 40:], value[:, :, 40:] = 1e4, -1e4
+    assert torch.equal(before, op(query, key, value, *listed)[0][:, :, :40])
+
+
+def legal():
+    shape = Shape(Tq=100, Tk=100, Hq=4, Hkv=2, Hi=4)
+    names = ("query", "key", "value", "indices", "counts", "q_block", "kv_block")
+    return dict(zip(names, (*inputs(shape), *index(shape)), strict=True))
+
+
+BAD = [
+    ("query", lambda x: x[0], "query: expected 4 dimensions"),
+    ("query", lambda x: x.int(), "query: expected dtype"),
+    ("query", lambda x: x[:, :3], "query: 3 heads"),
+    ("query", lambda x: x[:, :, :0], "query: dimension Tq is empty"),
+    ("query", lambda x: x.to("meta"), "key: device"),
+    ("query", lambda x: 1.0, "query: expected a tensor"),
+    ("key", lambda x: x.half(), "key: dtype"),
+    ("key", lambda x: x[..., :8], "key: head_dim"),
+    ("key", lambda x: x[:, :, :50], "value: length"),
+    ("key", lambda x: x[:, :, :0], "key: dimension Tk is empty"),
+    ("value", lambda x: x[:, :1], "value: number of heads"),
+    ("value", lambda x: x.expand(2, -1, -1, -1), "value: batch size"),
+    ("indices", lambda x: x.long(), "indices: expected dtype"),
+    ("indices", lambda x: x[:, :3], "indices: 3 heads"),
+    ("indices", lambda x: x[:, :, :1], "indices: 1 query blocks"),
+    ("indices", lambda x: x + 2, "indices: row"),
+    ("indices", lambda x: x * 0, "indices: row"),
+    ("indices", lambda x: x - 5, "indices: row"),
+    ("counts", lambda x: x[:, :, :1], "counts: shape"),
+    ("counts", lambda x: x - 9, "counts: .*negative"),
+    ("counts", lambda x: x + 9, "counts: .*larger than the capacity"),
+    ("q_block", lambda x: 0, "q_block: got 0"),
+    ("kv_block", lambda x: 129, "kv_block: got 129"),
+    ("sink", lambda x: -1, "sink: got -1"),
+    ("window", lambda x: -1, "window: got -1"),
+    ("scale", lambda x: float("nan"), "scale: got nan"),
+    ("scale", lambda x: float("inf"), "scale: got inf"),
+]
+
+
+@pytest.mark.parametrize("backend", ["cpp", "reference"])
+@pytest.mark.parametrize("name, change, message", BAD, ids=[f"{n}-{m}" for n, _, m in BAD])
+def test_bad_input(backend, name, change, message):
+    arguments = legal()
+    arguments["counts"] = arguments["counts"].fill_(2)
+    arguments["indices"] = torch.tensor([0, 1], dtype=torch.int32).expand(1, 4, 2, 2).clone()
+    arguments[name] = change(arguments.get(name))
+    with pytest.raises((ValueError, TypeError, RuntimeError), match=message):
+        op(**arguments, backend=backend)
+    query = arguments["query"]
+    if isinstance(query, torch.Tensor) and query.device.type == "cpu":
+        with pytest.raises((ValueError, TypeError, RuntimeError), match=message):
+            op.default(**arguments)
+        if backend == "cpp":  # called by itself the kernel must still not leave its tensors
+            with pytest.raises(RuntimeError, match=f"{name}|{message.split(':')[0]}"):
+                torch.ops.sparse_attn.block_sparse_attention.cpp(**arguments)
+
+
+@pytest.mark.parametrize("overload", ["default", "cpp", "reference"])
+def test_opcheck(overload):
+    shape = Shape(Tq=20, Tk=30, q_block=16, kv_block=16)
+    args = (*inputs(shape), *index(shape), True, 3, 5, 0.2)
+    torch.library.opcheck(getattr(torch.ops.sparse_attn.block_sparse_attention, overload), args)
+
+
+def test_every_argument_reaches_the_kernel():
+    """A type that differs between schema and C++ is silent: each value must change the result."""
+    shape = Shape(Tq=64, Tk=64, q_block=16, kv_block=16, share=0.3)
+    query, key, value = inputs(shape)
+    base = dict(zip(("indices", "counts", "q_block", "kv_block"), index(shape), strict=True))
+    runs = [{}, {"causal": False}, {"sink": 20}, {"window": 20}, {"scale": 0.9}]
+    for options in runs:
+        got, want = (
+            op(query, key, value, **base, **options, backend=b)[0] for b in ("cpp", "reference")
+        )
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
+    results = [op(query, key, value, **base, **options, backend="cpp")[0] for options in runs]
+    assert all(not torch.equal(a, b) for a, b in itertools.combinations(results, 2))
+
+
+def test_no_silent_loss_of_gradient():
+    shape = Shape(Tq=8, Tk=8)
+    query, key, value = inputs(shape)
+    out, _ = op(query.requires_grad_(), key, value, *index(shape))
+    with pytest.raises(NotImplementedError, match="has no backward"):
+        out.sum().backward()
