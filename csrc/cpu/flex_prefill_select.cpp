@@ -161,14 +161,15 @@ void softmax(std::vector<float>& x) {
   for (float& v : x) v /= total;
 }
 
-// Square root of the Jensen-Shannon divergence; NaN where a term is 0 * log 0, as in the reference.
+// Square root of the Jensen-Shannon divergence, natural log.
 float divergence(const std::vector<float>& a, const std::vector<float>& b) {
+  const auto term = [](float x, float m) { return x > 0 ? 0.5f * x * std::log(x / m) : 0.0f; };
   float sum = 0;
   for (size_t i = 0; i < a.size(); ++i) {
     const float m = (a[i] + b[i]) / 2;
-    sum += 0.5f * a[i] * std::log(a[i] / m) + 0.5f * b[i] * std::log(b[i] / m);
+    sum += term(a[i], m) + term(b[i], m);
   }
-  return std::sqrt(sum);
+  return std::sqrt(std::max(sum, 0.0f));  // rounding can leave equal distributions below 0
 }
 
 // The geometry of query blocks, which need not line up with blocks of keys.

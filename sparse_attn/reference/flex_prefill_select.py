@@ -67,9 +67,10 @@ def top(values, count):
 
 
 def divergence(a, b):
-    """Square root of the Jensen-Shannon divergence, natural log; NaN where a term is 0 * log 0."""
-    m = (a + b) / 2
-    return (0.5 * (a * (a / m).log()).sum() + 0.5 * (b * (b / m).log()).sum()).sqrt()
+    """Square root of the Jensen-Shannon divergence, natural log, with 0 * log 0 = 0."""
+    m = ((a + b) / 2).clamp(min=torch.finfo(a.dtype).tiny)
+    terms = torch.special.xlogy(a, a / m) + torch.special.xlogy(b, b / m)
+    return (0.5 * terms.sum()).clamp(min=0).sqrt()
 
 
 def pad_sum(x, block, dim=-1):
@@ -124,7 +125,9 @@ def official(q, k, gamma, tau, low, high, block, factor):
     pooled = pad_sum(vertical, block)
     mean_key = bf16(block_means(k, block))
     estimate = bf16(bf16(probe.mean(0)) @ mean_key.T).softmax(-1)
-    query_aware = bool(divergence(estimate, pooled) < tau)
+    # the published code has no rule for 0 * log 0: NaN, which is not below tau
+    defined = bool((estimate > 0).all() and (pooled > 0).all())
+    query_aware = defined and bool(divergence(estimate, pooled) < tau)
     if query_aware:
         n_vertical = n_slash = low
     pooled[0] = torch.inf
