@@ -13,4 +13,4 @@ def merge_attention_states(
     known = lse.masked_fill(lse == -torch.inf, 0)
     weight_a, weight_b = (torch.exp(x - known)[..., None] for x in (lse_a, lse_b))
     out = weight_a * out_a.to(lse.dtype) + weight_b * out_b.to(lse.dtype)
-    return out.to(out_a.dtype), lse
+    return out.to(out_a.dtype).contiguous(), lse.contiguous()

@@ -1,0 +1,39 @@
+import pytest
+import torch
+
+import sparse_attn
+from sparse_attn.ops.attention import op
+from tests.ops.test_flex_prefill_select import structured
+
+
+def test_equals_the_function():
+    query, key, value = structured("sharp", 1200)
+    out, lse = torch.ops.sparse_attn.attention(
+        query, key, value, "flex_prefill", '{"gamma": 0.8, "min_budget": 128}', True, 0.2
+    )
+    config = sparse_attn.FlexPrefill(gamma=0.8, min_budget=128)
+    want = sparse_attn.attention(query, key, value, config, scale=0.2, return_lse=True)
+    assert torch.equal(out, want[0]) and torch.equal(lse, want[1])
+
+
+@pytest.mark.parametrize(
+    "method, options, message",
+    [
+        ("flex", "{}", "method: got 'flex', expected one of"),
+        ("dense", "[]", "options: expected a JSON object"),
+        ("dense", "{", "options: expected a JSON object"),
+        ("flex_prefill", '{"gama": 1}', "options: flex_prefill does not take"),
+        ("flex_prefill", '{"gamma": -1}', "gamma: got -1"),
+    ],
+)
+def test_bad_method(method, options, message):
+    with pytest.raises(ValueError, match=message):
+        op(*structured("flat", 64), method, options)
+
+
+@pytest.mark.parametrize("overload", ["default", "cpp", "reference"])
+def test_opcheck(overload):
+    torch.library.opcheck(
+        getattr(torch.ops.sparse_attn.attention, overload),
+        (*structured("sharp", 300), "flex_prefill"),
+    )

@@ -1,0 +1,70 @@
+import pytest
+import torch
+
+from sparse_attn.block_index import BlockIndex
+from sparse_attn.ops.block_sparse_attention import op as attend
+from sparse_attn.ops.merge_attention_states import op
+from tests.cases import DTYPES, Shape, assert_as_accurate, inputs
+
+BACKENDS = ["cpp", "reference"]
+
+
+def states(dtype=torch.float32):
+    torch.manual_seed(1)
+    outs = [torch.randn(2, 9, 3, 40).to(dtype).transpose(1, 2) for _ in range(2)]
+    lses = [torch.randn(2, 9, 3).mul(5).transpose(1, 2) for _ in range(2)]
+    lses[0][0, 0, :3] = -torch.inf
+    lses[1][0, 0, 2:5] = -torch.inf
+    for out, lse in zip(outs, lses, strict=True):
+        out[lse == -torch.inf] = 0
+    return outs[0], lses[0], outs[1], lses[1]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_parity(backend, dtype):
+    args = states(dtype)
+    exact, exact_lse = op(*(x.double() for x in args))
+    out, lse = op(*args, backend=backend)
+    assert out.dtype == dtype and lse.dtype == torch.float32
+    assert_as_accurate(out, exact, exact.to(dtype), dtype)
+    torch.testing.assert_close(lse.double(), exact_lse, rtol=1e-6, atol=1e-6)
+    assert (out[0, 0, 2] == 0).all() and lse[0, 0, 2] == -torch.inf
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_joins_disjoint_keys(backend):
+    query, key, value = inputs(Shape(Tq=70, Tk=192), torch.float32)
+    whole = BlockIndex.full(70, 192, 64, 64)
+    mask = whole.to_mask(192)
+    parts = [torch.tensor([True, False, True]), torch.tensor([False, True, False])]
+    results = [
+        attend(query, key, value, *BlockIndex.from_mask(mask & part, 64, 64)) for part in parts
+    ]
+    out, lse = op(*results[0], *results[1], backend=backend)
+    want, want_lse = attend(query, key, value, *whole)
+    torch.testing.assert_close(out, want, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(lse, want_lse, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(
+    "at, change, message",
+    [
+        (0, lambda x: x[0], "out_a: expected 4 dimensions"),
+        (1, lambda x: x.double(), "lse_a: expected dtype"),
+        (2, lambda x: x[:, :1], "out_b: shape"),
+        (2, lambda x: x.half(), "out_b: dtype"),
+        (3, lambda x: x[:1], "lse_b: shape"),
+    ],
+)
+def test_bad_input(backend, at, change, message):
+    args = list(states())
+    args[at] = change(args[at])
+    with pytest.raises((ValueError, TypeError), match=message):
+        op(*args, backend=backend)
+
+
+@pytest.mark.parametrize("overload", ["default", *BACKENDS])
+def test_opcheck(overload):
+    torch.library.opcheck(getattr(torch.ops.sparse_attn.merge_attention_states, overload), states())
