@@ -8,6 +8,7 @@
 #include <tuple>
 #include <vector>
 
+#include "block_sparse_attention.h"
 #include "cpu_isa.h"
 #include "threads.h"
 
@@ -48,6 +49,10 @@ class Profiles {
 
   std::vector<float> vertical;  // [heads][Tk] mass per key
   std::vector<float> columns;   // [heads][Tk] of it, what a column of keys explains
+  bool finite(int64_t head) const {
+    const float* max = &max_[head * kProbeLanes];
+    return std::all_of(max, max + p_.probe, [](float x) { return std::isfinite(x) && x > kNoKey; });
+  }
   // mass per distance that a diagonal explains, from distance 0
   const float* diagonals(int64_t head) const { return at_zero(diagonals_, head); }
 
@@ -192,8 +197,19 @@ struct Grid {
 
 struct Choice {
   std::vector<int32_t> columns, buckets;
-  bool query_aware;
+  std::vector<int32_t> at_probe;  // further blocks of the probe's rows
+  bool query_aware = false;
 };
+
+// The fewest entries, heaviest first, that sum to gamma.
+std::vector<int32_t> reaching(const std::vector<float>& mass, float gamma) {
+  std::vector<int32_t> order = ranking(mass);
+  float sum = 0;
+  size_t n = 0;
+  while (n < order.size() && sum < gamma) sum += mass[order[n++]];
+  order.resize(n);
+  return order;
+}
 
 Choice choose(const Params& p, const Options& options, const Profiles& profiles, int64_t head,
               const std::vector<float>& estimate) {
@@ -202,7 +218,15 @@ Choice choose(const Params& p, const Options& options, const Profiles& profiles,
   const std::vector<float> buckets = block_sums(profiles.diagonals(head), p.Tk, p.block);
   const auto blocks = static_cast<int64_t>(columns.size());
   Choice choice;
-  choice.query_aware = divergence(estimate, block_sums(vertical, p.Tk, p.block)) < options.tau;
+  if (!profiles.finite(head) || !std::isfinite(estimate[0])) {
+    choice.columns.resize(blocks);
+    std::iota(choice.columns.begin(), choice.columns.end(), 0);
+    return choice;
+  }
+  const std::vector<float> mass = block_sums(vertical, p.Tk, p.block);
+  choice.query_aware = divergence(estimate, mass) < options.tau;
+  // the estimate promises nothing: where the truth is known, the probe rows, keep that too
+  if (choice.query_aware) choice.at_probe = reaching(mass, options.gamma);
   float paid = 0;
   for (float x : columns) paid += x;
   for (float x : buckets) paid += x;
@@ -301,6 +325,13 @@ class Selector {
       for (int64_t c = from; c < to; ++c) mask[c] = 1;
     }
     if (!choice.query_aware) return;
+    mark_query_aware(head, r, mask);
+    if (r < (p_.Tq - p_.probe) / p_.block) return;
+    for (int32_t c : choice.at_probe) mask[c] = 1;
+  }
+
+  void mark_query_aware(int64_t head, int64_t r, std::vector<char>& mask) const {
+    const int64_t visible = grid_.visible(r);
     const std::vector<float> weights = pooled(
         head, r * p_.block, std::min(p_.Tq, (r + 1) * p_.block), visible);
     float held = 0;

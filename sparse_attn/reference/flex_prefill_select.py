@@ -164,7 +164,10 @@ def official_query_aware(q, mean_key, gamma, block, factor, bf16):
 
 
 def exact(q, k, gamma, tau, low, high, block, factor):
-    """Blocks that hold at least gamma of the probe rows' mass, unless `high` forbids it."""
+    """Blocks that hold at least gamma of the probe rows' mass, unless `high` forbids it.
+
+    A probe that is not finite keeps every block, so that the result is what dense attention gives.
+    """
     n_queries, n_keys = q.shape[0], k.shape[0]
     n_blocks = -(-n_keys // block)
     first, last = row_positions(n_queries, n_keys, block, q.device)
@@ -178,12 +181,15 @@ def exact(q, k, gamma, tau, low, high, block, factor):
         )
         .softmax(-1)
     )
+    if not p.isfinite().all():
+        return visible, 0
 
     size = pad_sum(torch.ones(n_keys, device=q.device), block)
     mean_key = block_means(k, block)
     scores = (q[-rows:].float().mean(0) @ mean_key.T) * factor
     estimate = (scores + size.log()).softmax(-1)
-    query_aware = bool(divergence(estimate, pad_sum(p.mean(0), block)) < tau)
+    mass = pad_sum(p.mean(0), block)
+    query_aware = bool(divergence(estimate, mass) < tau)
 
     columns, buckets, free = attribute(p, first, n_queries, block)
     ranked = torch.cat([columns, buckets])
@@ -198,6 +204,8 @@ def exact(q, k, gamma, tau, low, high, block, factor):
         mask |= touched(first, last, bucket, n_blocks, block)
     if query_aware:
         mask |= query_aware_rows(q, mean_key, size, visible, mask, gamma, block, factor)
+        # the estimate promises nothing: where the truth is known, the probe rows, keep that too
+        mask[(n_queries - rows) // block :, reaching(mass, gamma)] = True
     return mask & visible, int(query_aware)
 
 
@@ -243,12 +251,20 @@ def attribute(p, first, n_queries, block):
     return columns, pad_sum(at_distance, block), (mean - paid).sum()
 
 
+def reaching(mass, gamma):
+    """Indices of the fewest entries, heaviest first, that sum to gamma."""
+    order = mass.sort(descending=True, stable=True)
+    return order.indices[order.values.cumsum(0) - order.values < gamma]
+
+
 def query_aware_rows(q, mean_key, size, visible, kept, gamma, block, factor):
     """For each row the fewest blocks that bring its estimated mass to gamma."""
     scores = (block_means(q, block) @ mean_key.T) * factor + size.log()
-    weights = scores.masked_fill(~visible, -torch.inf).softmax(-1).nan_to_num(0)
+    weights = scores.masked_fill(~visible, -torch.inf).softmax(-1)
+    strange = ~scores.isfinite().all(-1, keepdim=True)
+    weights = weights.nan_to_num(0)
     held = (weights * kept).sum(-1, keepdim=True)
     order = weights.masked_fill(kept, -1).sort(dim=-1, descending=True, stable=True)
     before = held + order.values.clamp(min=0).cumsum(-1) - order.values.clamp(min=0)
     wanted = (before < gamma) & (order.values > 0)
-    return torch.zeros_like(visible).scatter_(-1, order.indices, wanted)
+    return torch.zeros_like(visible).scatter_(-1, order.indices, wanted) | strange
