@@ -22,8 +22,13 @@ NO_BOUND = 2**31 - 1
 
 
 @cache
-def structured(kind, length, seed=7):
-    return tuple(torch.from_numpy(x).transpose(1, 2).bfloat16() for x in gen(seed, length, kind))
+def structured(kind, length, dtype=torch.float32, seed=7):
+    """query, key, value of bench/inputs.py as [1, H, T, D]."""
+    return tuple(torch.from_numpy(x).transpose(1, 2).to(dtype) for x in gen(seed, length, kind))
+
+
+def in_bf16(kind, length):
+    return structured(kind, length, torch.bfloat16)
 
 
 def mask_of(query, key, run=("reference", None), **options):
@@ -64,7 +69,7 @@ def visible(length, n_keys, block):
 
 @pytest.mark.parametrize("file", FILES, ids=lambda f: f"{f['kind']}-{f['N']}")
 def test_official_equals_the_recorded_sets(file):
-    query, key, _ = structured(file["kind"], file["N"])
+    query, key, _ = in_bf16(file["kind"], file["N"])
     recorded = np.load(ORACLES / f"flex_{file['kind']}_{file['N']}.npz")
     exact = other = 0
     for case in file["cases"]:
@@ -94,13 +99,13 @@ def test_official_equals_the_recorded_sets(file):
 
 def test_the_copied_inputs_are_the_recorded_ones():
     for file in FILES:
-        for name, x in zip("qkv", structured(file["kind"], file["N"]), strict=True):
+        for name, x in zip("qkv", in_bf16(file["kind"], file["N"]), strict=True):
             bits = x.transpose(1, 2).contiguous().view(torch.int16).numpy()
             assert sha256(bits.tobytes()).hexdigest() == file["sha256"][name]
 
 
 def test_official_ignores_the_scale_and_exact_uses_it():
-    query, key, _ = structured("mixed", 1024)
+    query, key, _ = in_bf16("mixed", 1024)
     one, two = (
         [mask_of(query, key, variant=v, scale=s, min_budget=128, tau=0.0)[0] for s in (None, 0.5)]
         for v in ("official", "exact")
@@ -132,7 +137,7 @@ def test_gamma_of_the_probe_is_covered(run, data):
     pick = lambda *xs: data.draw(st.sampled_from(xs))  # noqa: E731
     length, block = data.draw(st.integers(600, 1500)), data.draw(st.integers(1, 128))
     block = max(block, 8)
-    query, key, _ = structured(pick("mixed", "sharp", "flat", "peaky"), 1500)
+    query, key, _ = in_bf16(pick("mixed", "sharp", "flat", "peaky"), 1500)
     chunk, gamma = data.draw(st.integers(1, length)), pick(0.3, 0.8, 0.95, 0.99)
     query, key = query[:, :, length - chunk : length], key[:, :, :length]
     options = {"gamma": gamma, "block_size": block, "tau": pick(0.0, 0.1, 10.0)}
@@ -146,7 +151,7 @@ def test_gamma_of_the_probe_is_covered(run, data):
 )
 def test_gamma_one_is_every_visible_block(run, variant):
     for length, block in ((1000, 128), (321, 64), (1, 16)):
-        query, key, _ = structured("mixed", 1024)
+        query, key, _ = in_bf16("mixed", 1024)
         query, key = query[:, :, :length], key[:, :, :length]
         for gamma in (1.0, 1.5):
             mask, _ = mask_of(query, key, run, gamma=gamma, block_size=block, variant=variant)
@@ -157,7 +162,7 @@ def test_gamma_one_is_every_visible_block(run, variant):
 @pytest.mark.parametrize("gamma", [0.5, 0.9, 0.99])
 def test_the_needle_is_kept(run, gamma):
     """The published code drops it: the sink takes the one place in the budget."""
-    query, key, _ = structured("peaky", 1024)
+    query, key, _ = in_bf16("peaky", 1024)
     mass = probe_mass(query, key, 128)[0, :, -1]
     needle = mass.argmax(-1)
     mask, _ = mask_of(query, key, run, gamma=gamma, tau=0.0, min_budget=1)
@@ -174,7 +179,7 @@ def test_kernel_equals_reference(run, dtype, kind):
     for length, chunk, block, tau in (
         (1500, 1500, 128, 0.1), (1500, 1500, 37, 0.0), (1333, 500, 64, 10.0), (2048, 1, 128, 0.1),
     ):  # fmt: skip
-        query, key, _ = structured(kind, 2048)
+        query, key, _ = in_bf16(kind, 2048)
         query, key = query[:, :, length - chunk : length].to(dtype), key[:, :, :length].to(dtype)
         options = {"block_size": block, "tau": tau, "min_budget": 128, "gamma": 0.9}
         got, pattern = mask_of(query, key, run, **options)
@@ -187,7 +192,7 @@ def test_kernel_equals_reference(run, dtype, kind):
 
 @pytest.mark.parametrize("run", RUNS, ids=str)
 def test_budgets(run):
-    query, key, _ = structured("mixed", 1500)
+    query, key, _ = in_bf16("mixed", 1500)
     least, most = (
         mask_of(query, key, run, tau=0.0, **b)[0].sum((-1, -2))[0]
         for b in ({"gamma": 1e-6, "min_budget": 512}, {"gamma": 0.999, "max_budget": 1})
@@ -202,7 +207,7 @@ def test_budgets(run):
 
 @pytest.mark.parametrize("run", RUNS, ids=str)
 def test_batches_heads_strides_and_repeats(run):
-    a, b = structured("mixed", 1024), structured("sharp", 1024)
+    a, b = in_bf16("mixed", 1024), in_bf16("sharp", 1024)
     query, key = (torch.cat([x, y]) for x, y in zip(a[:2], b[:2], strict=True))
     both, pattern = mask_of(query, key, run)
     for i, one in enumerate((a, b)):
@@ -218,7 +223,7 @@ def test_batches_heads_strides_and_repeats(run):
 @pytest.mark.parametrize("block", [64, 128])
 def test_a_chunk_is_the_suffix_of_the_whole_prompt(run, block):
     """The probe is the same last rows, so an aligned chunk chooses what the whole prompt does."""
-    query, key, _ = structured("mixed", 1500)
+    query, key, _ = in_bf16("mixed", 1500)
     options = {"tau": 0.0, "min_budget": 256, "block_size": block}
     whole, _ = mask_of(query, key, run, **options)
     part, _ = mask_of(query[:, :, 4 * block :], key, run, **options)
@@ -248,7 +253,7 @@ def test_lengths(run, shape):
 
 @pytest.mark.parametrize("threads", [1, 3])
 def test_threads_do_not_change_the_choice(threads):
-    query, key, _ = structured("mixed", 2048)
+    query, key, _ = in_bf16("mixed", 2048)
     before = torch.get_num_threads()
     one = op(query, key)
     try:
@@ -301,7 +306,7 @@ def test_opcheck(overload):
 
 
 def test_every_argument_reaches_the_kernel():
-    query, key, _ = structured("mixed", 1500)
+    query, key, _ = in_bf16("mixed", 1500)
     base = {"gamma": 0.7, "tau": 0.0, "min_budget": 0, "block_size": 64}
     changes = [{}, {"gamma": 0.97}, {"tau": 10.0}, {"min_budget": 640}, {"max_budget": 64},
                {"block_size": 32}, {"scale": 0.4}]  # fmt: skip
