@@ -62,6 +62,7 @@ def attention(
         ValueError, TypeError: an argument is not legal; the message names it.
         NotImplementedError: no backend, or not the one asked for, can serve the call.
     """
+    query, key, value = attend.cast(query, key, value)
     check.query_key_value(query, key, value)
     dense_because = None
     if index is not None:

@@ -50,6 +50,7 @@ class Op:
     _fake: Callable[..., Any] | None = None
     _validate: Callable[..., None] | None = None
     _signature: inspect.Signature | None = None
+    _autocast: int = 0  # how many leading tensor arguments autocast casts
 
     def __post_init__(self) -> None:
         OPS[self.name] = self
@@ -150,6 +151,41 @@ class Op:
         for overload in self.overloads:
             torch.library.register_autograd(f"{NS}::{overload}", backward, lib=LIBRARY)
 
+    def autocast(self, tensors: int) -> None:
+        """Under autocast the first `tensors` arguments are cast to its dtype, on every path."""
+        self._autocast = tensors
+        for overload in self.overloads:
+            target = getattr(torch.ops, NS)
+            name, _, variant = overload.partition(".")
+            target = getattr(getattr(target, name), variant or "default")
+            for device, key in (("cpu", "AutocastCPU"), ("cuda", "AutocastCUDA")):
+                LIBRARY.impl(overload, self._autocast_kernel(target, device, key), key)
+
+    def _autocast_kernel(self, target: Any, device: str, key: str) -> Callable[..., Any]:
+        keys = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key))
+
+        def kernel(*args: Any) -> Any:
+            with torch._C._ExcludeDispatchKeyGuard(keys):
+                return target(*self._cast(args, device))
+
+        return kernel
+
+    def _cast(self, args: tuple[Any, ...], device: str) -> tuple[Any, ...]:
+        dtype = torch.get_autocast_dtype(device)
+        return tuple(
+            a.to(dtype)
+            if i < self._autocast and isinstance(a, torch.Tensor) and a.is_floating_point()
+            else a
+            for i, a in enumerate(args)
+        )
+
+    def cast(self, *args: Any) -> tuple[Any, ...]:
+        """The arguments as autocast wants them; unchanged outside of it."""
+        device = args[0].device.type if isinstance(args[0], torch.Tensor) else "cpu"
+        if self._autocast and device in ("cpu", "cuda") and torch.is_autocast_enabled(device):
+            return self._cast(args, device)
+        return args
+
     def bind(self, *args: Any, **kwargs: Any) -> tuple[Any, ...]:
         """All arguments of the schema, in order, defaults filled in."""
         assert self._signature is not None
@@ -187,7 +223,7 @@ class Op:
         raise NotImplementedError(f"{NS}::{self.name} cannot serve\n{_describe(args)}\n{lines}")
 
     def __call__(self, *args: Any, backend: str | None = None, **kwargs: Any) -> Any:
-        bound = self.bind(*args, **kwargs)
+        bound = self.cast(*self.bind(*args, **kwargs))
         self.check(*bound)
         return self.select(bound, backend).overload(*bound)
 

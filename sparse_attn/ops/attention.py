@@ -56,4 +56,5 @@ def _run(backend, query, key, value, method, options, causal, scale):
 
 op.composite("cpp", "cpu", _run, of=(attend,))
 op.composite("reference", "any", _run, of=(attend,))
+op.autocast(3)
 op.no_grad("Detach the inputs, or train with dense attention.")

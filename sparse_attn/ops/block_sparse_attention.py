@@ -58,4 +58,5 @@ def _(query, key, value, indices, counts, q_block, kv_block, causal, sink, windo
 
 op.impl("cpp", device="cpu", when=check.not_float64)
 op.impl("reference", device="any")
+op.autocast(3)
 op.no_grad("Detach the inputs, or train with dense attention.")

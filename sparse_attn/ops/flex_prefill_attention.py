@@ -42,4 +42,5 @@ def _selector_serves(query, key, value, *options):
 
 op.composite("cpp", "cpu", _run, of=(select, attend), when=_selector_serves)
 op.composite("reference", "any", _run, of=(select, attend))
+op.autocast(3)
 op.no_grad("Detach the inputs, or train with dense attention.")

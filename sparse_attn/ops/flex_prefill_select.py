@@ -80,4 +80,5 @@ def _cpp_serves(query, key, gamma, tau, min_budget, max_budget, block_size, vari
 
 op.impl("cpp", device="cpu", when=_cpp_serves)
 op.impl("reference", device="any")
+op.autocast(2)
 op.no_grad("A selection has no gradient: call it on detached tensors.")

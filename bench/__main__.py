@@ -1,0 +1,30 @@
+"""`python -m bench [NAME ...]`: runs the benchmarks, each in bench/ops or bench/methods."""
+
+from __future__ import annotations
+
+import sys
+from importlib import import_module
+from pkgutil import iter_modules
+
+from . import methods, ops
+from .harness import Report, hardware
+
+
+def main(names: list[str]) -> None:
+    found = {
+        module.name.removeprefix("bench_"): f"{package.__name__}.{module.name}"
+        for package in (ops, methods)
+        for module in iter_modules(package.__path__)
+    }
+    unknown = set(names) - set(found)
+    if unknown:
+        raise SystemExit(f"no such benchmark {sorted(unknown)}; there are {sorted(found)}")
+    print(hardware())
+    for name in names or found:
+        print(f"\n== {name}")
+        report = Report(name)
+        import_module(found[name]).run(report)
+        report.write()
+
+
+main(sys.argv[1:])

@@ -1,0 +1,85 @@
+"""FlexPrefill end to end on the structured inputs, beside what any block choice could reach."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+from sparse_attn import FlexPrefill, attention, select
+from sparse_attn.ops.flex_prefill_select import op as choose
+
+from ..harness import Report, check, time_in_turn
+from ..inputs import gen
+
+
+def block_mass(query: torch.Tensor, key: torch.Tensor, block: int = 128) -> torch.Tensor:
+    """True attention mass per block, [Hq, Mq, Nk], mean over the rows of each query block."""
+    heads, n, dim = query.shape[1:]
+    blocks = -(-n // block)
+    mass = torch.zeros(heads, blocks, blocks)
+    for h in range(heads):
+        keys = key[0, h // (heads // key.shape[1])].float()
+        for m in range(blocks):
+            rows = slice(m * block, min(n, (m + 1) * block))
+            end = rows.stop
+            scores = query[0, h, rows].float() @ keys[:end].T / dim**0.5
+            above = torch.ones(len(scores), end).triu(rows.start + 1).bool()
+            p = scores.masked_fill_(above, -torch.inf).softmax(-1).mean(0)
+            mass[h, m, : m + 1] = F.pad(p, (0, -end % block)).view(-1, block).sum(-1)
+    return mass
+
+
+def best_density(mass: torch.Tensor, recall: float) -> float:
+    """Smallest share of causal blocks that any choice needs for the mean recall."""
+    values = mass[mass > 0].sort(descending=True).values
+    needed = int((values.cumsum(0) < recall * mass.sum()).sum()) + 1
+    blocks = mass.shape[1]
+    return needed / (mass.shape[0] * blocks * (blocks + 1) / 2)
+
+
+def run(report: Report) -> None:
+    for n in (8192, 32768):
+        q, k, v = gen(7, n, "mixed", Hq=8, Hkv=2, D=128)
+        query, key, value = (torch.from_numpy(x).transpose(1, 2).bfloat16() for x in (q, k, v))
+        end_to_end(report, query, key, value)
+
+
+def end_to_end(report: Report, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> None:
+    n = key.shape[2]
+    mass = block_mass(query, key)
+    tuned = [FlexPrefill(gamma=g, min_budget=128) for g in (0.8, 0.9, 0.95, 0.98)]
+    configs = [FlexPrefill(), *tuned]
+    found = []
+    for config in configs:
+        kept = select(query, key, config).to_mask(n)[0]
+        found.append((mass * kept).sum().item() / mass.sum().item())
+    reaching = [(c, r) for c, r in zip(configs, found, strict=True) if r >= 0.95]
+    config, recall = min(reaching, key=lambda x: select(query, key, x[0]).density(n, n))
+    wide_key, wide_value = (x.repeat_interleave(4, 1) for x in (key, value))
+    sdpa = lambda: F.scaled_dot_product_attention(  # noqa: E731
+        query, wide_key, wide_value, is_causal=True
+    )
+    check("own dense", attention(query, key, value, "dense"), sdpa(), 1e-2)
+    options = (config.gamma, config.tau, config.min_budget)
+    seconds = time_in_turn(
+        {
+            "sdpa": sdpa,
+            "dense": lambda: attention(query, key, value, "dense"),
+            "flex": lambda: attention(query, key, value, config, fallback=False),
+            "select": lambda: choose(query, key, *options),
+        },
+        5 if n <= 8192 else 3,
+    )
+    report.add(
+        f"FlexPrefill vs sdpa, bfloat16, mixed, 8 x {n} x 128, recall >= 0.95",
+        seconds["sdpa"] / seconds["flex"],
+        ">= 12" if n == 32768 else "",
+        recall=recall,
+        gamma=config.gamma,
+        min_budget=config.min_budget,
+        density=select(query, key, config).density(n, n),
+        best_density=best_density(mass, 0.95),
+        vs_own_dense=seconds["dense"] / seconds["flex"],
+        select_share=seconds["select"] / seconds["flex"],
+        ms=seconds["flex"] * 1e3,
+    )

@@ -1,0 +1,70 @@
+"""A reader who knows an operator's name finds everything of it: the rule that keeps it so."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+import sparse_attn  # noqa: F401
+from sparse_attn.methods import METHODS
+from sparse_attn.registry import OPS
+
+ROOT = Path(__file__).parent.parent
+CODE = [
+    p
+    for folder in ("sparse_attn", "csrc", "tests", "bench", "triton_kernels")
+    for p in (ROOT / folder).rglob("*")
+    if p.suffix in (".py", ".h", ".cpp", ".cu", ".cuh") and p.name != "_build_info.py"
+]
+
+
+@pytest.mark.parametrize("name", sorted(OPS))
+def test_each_operator_has_its_files(name):
+    composite = name.endswith("attention") and name != "block_sparse_attention"
+    wanted = [f"sparse_attn/ops/{name}.py", f"tests/ops/test_{name}.py", f"docs/ops/{name}.md"]
+    if not composite:
+        wanted += [f"sparse_attn/reference/{name}.py"]
+        for row in OPS[name].impls:
+            if row.backend == "cpp":
+                wanted.append(f"csrc/cpu/{name}.cpp")
+            if row.backend == "triton":
+                wanted.append(f"triton_kernels/{name}.py")
+    missing = [path for path in wanted if not (ROOT / path).exists()]
+    assert not missing
+
+
+@pytest.mark.parametrize("name", sorted(OPS))
+def test_each_argument_is_documented(name):
+    page = (ROOT / f"docs/ops/{name}.md").read_text()
+    arguments = re.findall(r"(\w+)(?:=[^,)]*)?[,)]", OPS[name].schema.split("->")[0])
+    assert arguments and not [a for a in arguments if f"`{a}`" not in page]
+
+
+@pytest.mark.parametrize("name", sorted(METHODS))
+def test_each_method_has_its_files(name):
+    wanted = [f"tests/methods/test_{name}.py", f"bench/methods/bench_{name}.py",
+              f"docs/methods/{name}.md"]  # fmt: skip
+    assert not [path for path in wanted if not (ROOT / path).exists()]
+
+
+def test_no_file_without_an_operator():
+    for folder, pattern in (("sparse_attn/ops", "[!_]*.py"), ("sparse_attn/reference", "[!_]*.py"),
+                            ("docs/ops", "*.md")):  # fmt: skip
+        stems = {p.stem for p in (ROOT / folder).glob(pattern)}
+        assert stems <= set(OPS), folder
+
+
+def test_files_stay_small():
+    long = {
+        str(p.relative_to(ROOT)): n for p in CODE if (n := len(p.read_text().split("\n"))) > 450
+    }
+    assert not long
+
+
+def test_links_in_the_docs_lead_somewhere():
+    broken = []
+    for page in [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").rglob("*.md")]:
+        for target in re.findall(r"\]\(([^)#:]+)[^):]*\)", page.read_text()):
+            if not (page.parent / target).exists():
+                broken.append(f"{page.name}: {target}")
+    assert not broken

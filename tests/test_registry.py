@@ -1,0 +1,128 @@
+import subprocess
+import sys
+import textwrap
+
+import pytest
+import torch
+
+import sparse_attn
+from sparse_attn.ops.block_sparse_attention import op
+from tests.cases import Shape, index, inputs
+
+SHAPE = Shape(Tq=64, Tk=64, q_block=32, kv_block=32, share=1.0)
+
+
+def python(code, **env):
+    result = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True
+    )
+    assert result.returncode == 0, result.stderr
+    return result.stdout
+
+
+def test_import_is_light():
+    """No more than 50 ms beyond torch, and none of the optional packages."""
+    out = python(
+        """
+        import sys, time
+        import torch
+        start = time.perf_counter()
+        import sparse_attn
+        print((time.perf_counter() - start) * 1e3)
+        heavy = {"triton", "matplotlib", "transformers", "numpy.testing"} & set(sys.modules)
+        assert not heavy - set(sys.modules.get("_before", [])), heavy
+        """
+    )
+    # the bound itself is checked with room for a busy machine; bench prints the time
+    assert float(out) < 250
+
+
+def test_import_brings_in_nothing_optional():
+    python(
+        """
+        import sys
+        import torch
+        before = set(sys.modules)
+        import sparse_attn
+        new = {m.split(".")[0] for m in set(sys.modules) - before}
+        assert not new & {"triton", "matplotlib", "transformers", "safetensors", "tqdm"}, new
+        """
+    )
+
+
+def test_works_without_the_extension():
+    python(
+        """
+        import sys
+        sys.modules["sparse_attn._C"] = None
+        import torch, sparse_attn
+        q = torch.randn(1, 2, 40, 16)
+        out, stats = sparse_attn.attention(q, q, q, "dense", return_stats=True)
+        assert stats.backend == "reference"
+        assert "not built" in sparse_attn.info() or "does not load" in sparse_attn.info()
+        try:
+            sparse_attn.attention(q, q, q, "dense", backend="cpp")
+        except NotImplementedError as error:
+            assert "cpp: C++ extension" in str(error)
+        else:
+            raise AssertionError("a forced backend fell back")
+        """
+    )
+
+
+def test_forced_backends_never_fall_back():
+    args = (*inputs(SHAPE), *index(SHAPE))
+    for backend in ("triton", "cuda"):
+        with pytest.raises(NotImplementedError, match=f"{backend}: not implemented"):
+            op(*args, backend=backend)
+    with pytest.raises(ValueError, match="backend: got 'gpu'"):
+        op(*args, backend="gpu")
+    double = [x.double() for x in args[:3]]
+    with pytest.raises(NotImplementedError, match="cpp: float64"):
+        op(*double, *args[3:], backend="cpp")
+
+
+def test_environment_forces_a_backend(monkeypatch):
+    query, key, value = inputs(SHAPE)
+    monkeypatch.setenv("SPARSE_ATTN_BACKEND", "reference")
+    assert op.select(op.bind(query, key, value, *index(SHAPE))).backend == "reference"
+
+
+@pytest.mark.parametrize("mode", [torch.inference_mode, torch.no_grad])
+def test_modes(mode):
+    with mode():
+        out, lse = op(*inputs(SHAPE), *index(SHAPE))
+    assert out.isfinite().all() and lse.isfinite().all()
+
+
+def test_autocast():
+    query, key, value = inputs(SHAPE)
+    with torch.autocast("cpu", torch.bfloat16):
+        out, lse = torch.ops.sparse_attn.block_sparse_attention(query, key, value, *index(SHAPE))
+        mixed = sparse_attn.attention(query.bfloat16(), key, value, "dense")
+    assert out.dtype == torch.bfloat16 and lse.dtype == torch.float32
+    assert mixed.dtype == torch.bfloat16
+
+
+def test_compile_and_export():
+    class Model(torch.nn.Module):
+        def forward(self, q, k, v):
+            return sparse_attn.attention(q, k, v, "flex_prefill", fallback=False)
+
+    model = Model()
+    compiled = torch.compile(model, fullgraph=True, dynamic=True)
+    for n in (200, 333):
+        q, k, v = inputs(Shape(Tq=n, Tk=n, Hq=4, Hkv=2))
+        assert torch.equal(compiled(q, k, v), model(q, k, v))
+    exported = torch.export.export(model, (q, k, v)).module()
+    assert torch.equal(exported(q, k, v), model(q, k, v))
+
+
+def test_backends_and_info():
+    table = sparse_attn.backends()
+    assert set(table["block_sparse_attention"]) == {"cuda", "triton", "cpp", "reference"}
+    assert table["block_sparse_attention"]["reference"] is None
+    text = subprocess.run(
+        [sys.executable, "-m", "sparse_attn", "info"], capture_output=True, text=True, check=True
+    ).stdout
+    assert "instruction set" in text and "block_sparse_attention" in text
