@@ -43,7 +43,7 @@ class FlexPrefill:
         )
 
     def why_not(self, query: torch.Tensor, key: torch.Tensor, causal: bool) -> str | None:
-        return selector.why_not(query, key, self.variant, causal)
+        return selector.why_not(causal)
 
     def select(
         self,

@@ -50,15 +50,10 @@ def check_options(gamma, tau, min_budget, max_budget, block_size, variant):
         )
 
 
-def why_not(query, key, variant, causal):
+def why_not(causal):
     """Why FlexPrefill is not defined for a call, or None."""
     if not causal:
         return "FlexPrefill is defined for causal prefill; use method='dense' or causal=True"
-    if variant == "official" and query.shape[2] != key.shape[2]:
-        return (
-            f"the official variant needs Tq = Tk, got {query.shape[2]} and {key.shape[2]}; "
-            "use variant='exact'"
-        )
     return None
 
 
@@ -67,9 +62,9 @@ def _(query, key, gamma, tau, min_budget, max_budget, block_size, variant, causa
     check.query_key(query, key)
     check_options(gamma, tau, min_budget, max_budget, block_size, variant)
     check.finite_scale(scale)
-    reason = why_not(query, key, variant, causal)
+    reason = why_not(causal)
     if reason is not None:
-        raise ValueError(f"variant, causal: {reason}")
+        raise ValueError(f"causal: {reason}")
 
 
 def _cpp_serves(query, key, gamma, tau, min_budget, max_budget, block_size, variant, *args):

@@ -95,19 +95,27 @@ def block_means(x, block):
 
 
 def official(q, k, gamma, tau, low, high, block, factor):
-    """Needs Tq = Tk. Rounds to bf16 where the published code does."""
+    """Rounds to bf16 where the published code does, which knows Tq = Tk only.
+
+    A chunk's query block chooses what the blocks of the whole grid in which it lies would.
+    """
 
     def bf16(x):
         return x.bfloat16().float()
 
-    n = k.shape[0]
+    n_queries, n = q.shape[0], k.shape[0]
+    low = max(low, 1)
     n_blocks = -(-n // block)
-    probe = bf16(q[-block:].float() * factor)
-    rows = probe.shape[0]
-    scores = bf16(probe @ k.float().T)
+    first, last = (x[:, None] // block for x in row_positions(n_queries, n, block, q.device))
+    visible = visible_blocks(n_queries, n, block, q.device)
+    rows = min(block, n_queries, n)
+    probe = bf16(q[-rows:].bfloat16().float() * factor)
+    scores = bf16(probe @ bf16(k).T)
     row, column = torch.arange(rows)[:, None], torch.arange(n)
     scores = scores.masked_fill((column > n - rows + row).to(scores.device), -torch.inf)
     p = scores.softmax(-1)
+    if not p.isfinite().all():
+        return visible, 0
     vertical = p.mean(0)
     distance_from_far = column - row + (rows - 1)  # slash index i = distance n - 1 - i
     slash = (
@@ -123,41 +131,38 @@ def official(q, k, gamma, tau, low, high, block, factor):
     n_vertical = min(max(cover(vertical) // 128 + 1, low), high)
     n_slash = min(max(cover(slash) // 128 + 1, low), high)
     pooled = pad_sum(vertical, block)
-    mean_key = bf16(block_means(k, block))
+    mean_key = bf16(block_means(bf16(k), block))
     estimate = bf16(bf16(probe.mean(0)) @ mean_key.T).softmax(-1)
     # the published code has no rule for 0 * log 0: NaN, which is not below tau
     defined = bool((estimate > 0).all() and (pooled > 0).all())
     query_aware = defined and bool(divergence(estimate, pooled) < tau)
     if query_aware:
-        n_vertical = n_slash = low
+        n_vertical = n_slash = low  # not bounded by `high`, as published
     pooled[0] = torch.inf
     pooled_slash = pad_sum(slash, block)
     pooled_slash[-1] = torch.inf
-    mask = torch.zeros((n_blocks, n_blocks), dtype=torch.bool, device=k.device)
+    mask = torch.zeros_like(visible)
     mask[:, top(pooled, n_vertical)] = True
-    r, c = torch.arange(n_blocks)[:, None], torch.arange(n_blocks)
-    offsets = n_blocks - 1 - top(pooled_slash, n_slash).cpu()
-    mask |= torch.isin(r - c, offsets).to(mask.device)
+    c = torch.arange(n_blocks, device=k.device)
+    offsets = n_blocks - 1 - top(pooled_slash, n_slash)
+    mask |= torch.isin(first - c, offsets) | torch.isin(last - c, offsets)
     if query_aware:
-        mask |= official_query_aware(q, mean_key, gamma, block, factor, bf16)
-    mask[0, 0] = True
-    return mask & (c <= r).to(mask.device), int(query_aware)
+        mask |= official_query_aware(q, mean_key, visible, gamma, block, factor, bf16)
+    return mask & visible, int(query_aware)
 
 
-def official_query_aware(q, mean_key, gamma, block, factor, bf16):
+def official_query_aware(q, mean_key, visible, gamma, block, factor, bf16):
     """One threshold over the flattened map; the entry that crosses it is dropped."""
-    n_blocks = mean_key.shape[0]
     pad = -q.shape[0] % block
-    mean_query = bf16(pad_sum(q.float(), block, 0) / block)
+    mean_query = bf16(pad_sum(bf16(q), block, 0) / block)
     mean_query[-1] = bf16(bf16(mean_query[-1] * block) / (block - pad))
     scores = bf16(bf16(mean_query * factor) @ mean_key.T)
-    above = torch.ones(n_blocks, n_blocks, device=q.device).triu(1).bool()
-    weights = scores.masked_fill(above, -torch.inf).softmax(-1).flatten()
+    weights = scores.masked_fill(~visible, -torch.inf).softmax(-1).nan_to_num(0).flatten()
     order = weights.sort(descending=True, stable=True)
-    kept = order.indices[order.values.cumsum(0) <= gamma * n_blocks]
-    mask = torch.zeros(n_blocks * n_blocks, dtype=torch.bool, device=q.device)
+    kept = order.indices[order.values.cumsum(0) <= gamma * visible.any(-1).sum()]
+    mask = torch.zeros_like(visible).flatten()
     mask[kept] = True
-    return mask.view(n_blocks, n_blocks)
+    return mask.view(visible.shape)
 
 
 # ---- ours --------------------------------------------------------------------------------------
