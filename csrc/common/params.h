@@ -9,6 +9,8 @@ static inline int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to
 
 enum class DType : int { f32, f16, bf16 };
 
+static inline int64_t element_bytes(DType dtype) { return dtype == DType::f32 ? 4 : 2; }
+
 // Strides are in elements; the last dimension of every tensor is contiguous.
 struct BlockSparseAttentionParams {
   const void* query;       // [B, Hq, Tq, D]

@@ -105,22 +105,31 @@ void check_index(const Params& p) {
            " must be ascending, unique block ids in [0, ", blocks, ")");
 }
 
+// The packed values of every (batch, KV head); empty where packing would not pay.
+struct Packed {
+  Buffer buffer;
+  int64_t bytes;
+
+  void* of(int64_t batch_head) const {
+    return buffer == nullptr ? nullptr : buffer.get() + batch_head * bytes;
+  }
+};
+
 // Values are packed once where more than one tile reads the average key.
-std::vector<Buffer> pack_values(const Params& p, const AttentionKernel& kernel,
+Packed pack_values(const Params& p, const AttentionKernel& kernel,
                                 const std::vector<Work>& tiles) {
   const int64_t bytes = kernel.packed_bytes(p);
   int64_t reads = 0;
   for (const Work& w : tiles)
     if (w.tile.rows() > kDecodeRows) reads += w.tokens;
-  std::vector<Buffer> packed(p.B * p.Hkv);
-  if (bytes == 0 || reads < 2 * p.Tk * p.B * p.Hkv) return packed;
-  for (Buffer& buffer : packed) buffer = allocate(bytes);
+  if (bytes == 0 || reads < 2 * p.Tk * p.B * p.Hkv) return {nullptr, 0};
+  Packed packed{allocate(bytes * p.B * p.Hkv), bytes};
   const int64_t groups = (p.Tk + kGroupKeys - 1) / kGroupKeys, piece = 64;
   const int64_t pieces = (groups + piece - 1) / piece;
   deal(pieces * p.B * p.Hkv, [] { return 0; }, [&](int64_t i, int) {
     const int64_t bh = i / pieces, begin = i % pieces * piece;
     kernel.pack(p, bh / p.Hkv, bh % p.Hkv, begin, std::min(groups, begin + piece),
-                packed[bh].get());
+                packed.of(bh));
   });
   return packed;
 }
@@ -154,7 +163,7 @@ void run(const Params& p) {
   const Kernels kernels = choose_kernels(p);
   const std::vector<Work> tiles = make_tiles(p);
   const auto n_tiles = static_cast<int64_t>(tiles.size());
-  const std::vector<Buffer> packed = pack_values(p, *kernels.prefill, tiles);
+  const Packed packed = pack_values(p, *kernels.prefill, tiles);
   const int64_t scratch =
       std::max(kernels.prefill->scratch_bytes(p), kernels.decode->scratch_bytes(p));
 
@@ -162,7 +171,7 @@ void run(const Params& p) {
                             float* partial) {
     const bool few = t.rows() <= kDecodeRows;
     (few ? kernels.decode : kernels.prefill)
-        ->tile(p, t, groups, n, packed[t.batch * p.Hkv + t.kv_head].get(), buffer, partial);
+        ->tile(p, t, groups, n, packed.of(t.batch * p.Hkv + t.kv_head), buffer, partial);
   };
 
   if (n_tiles >= kSplitBelow) {
@@ -278,6 +287,7 @@ std::tuple<Tensor, Tensor> block_sparse_attention(Tensor query, Tensor key, Tens
     p.indices_stride[i] = indices.stride(i), p.counts_stride[i] = counts.stride(i);
   }
   check_index(p);
+  prefer_huge_pages(p.out, p.B * p.out_stride[0] * element_bytes(p.dtype));
   run(p);
   return {out, lse};
 }

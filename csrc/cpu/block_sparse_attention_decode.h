@@ -125,8 +125,8 @@ class Decode {
       const int64_t t = token(g, k);
       const char* key = element(kType, p_.key, p_.key_stride, tile_.batch, tile_.kv_head, t);
       const char* value = element(kType, p_.value, p_.value_stride, tile_.batch, tile_.kv_head, t);
-      for (int64_t b = 0; b < p_.D * element_size(kType); b += 64) __builtin_prefetch(key + b);
-      for (int64_t b = 0; b < p_.Dv * element_size(kType); b += 64) __builtin_prefetch(value + b);
+      for (int64_t b = 0; b < p_.D * element_bytes(kType); b += 64) __builtin_prefetch(key + b);
+      for (int64_t b = 0; b < p_.Dv * element_bytes(kType); b += 64) __builtin_prefetch(value + b);
     }
   }
 
@@ -135,10 +135,10 @@ class Decode {
   static void for_row(const char* at, int64_t n, Use use) {
     int64_t d = 0;
     for (; d + kWidth <= n; d += kWidth)
-      use(d, load_as_float<kType>(at + d * element_size(kType)));
+      use(d, load_as_float<kType>(at + d * element_bytes(kType)));
     if (d == n) return;
     float rest[kWidth] = {};
-    to_float(kType, at + d * element_size(kType), rest, n - d);
+    to_float(kType, at + d * element_bytes(kType), rest, n - d);
     use(d, Vec::load(rest));
   }
 
@@ -200,13 +200,13 @@ class Decode {
     };
     Vec x[4];
     for (; d + kWidth <= p_.Dv; d += kWidth) {
-      for (int i = 0; i < 4; ++i) x[i] = load_as_float<kType>(row[i] + d * element_size(kType));
+      for (int i = 0; i < 4; ++i) x[i] = load_as_float<kType>(row[i] + d * element_bytes(kType));
       add(x);
     }
     if (d == p_.Dv) return;
     for (int i = 0; i < 4; ++i) {
       float rest[kWidth] = {};
-      to_float(kType, row[i] + d * element_size(kType), rest, p_.Dv - d);
+      to_float(kType, row[i] + d * element_bytes(kType), rest, p_.Dv - d);
       x[i] = Vec::load(rest);
     }
     add(x);

@@ -18,7 +18,7 @@ constexpr int kChunkKeys = 2 * kGroupKeys;  // keys whose scores are held at onc
 inline const char* element(DType dtype, const void* base, const int64_t stride[3], int64_t b,
                            int64_t h, int64_t t) {
   return static_cast<const char*>(base) +
-         (b * stride[0] + h * stride[1] + t * stride[2]) * element_size(dtype);
+         (b * stride[0] + h * stride[1] + t * stride[2]) * element_bytes(dtype);
 }
 
 // c [kRows][2 vectors] += a(row, k) * b [k][kLanes] over k < n

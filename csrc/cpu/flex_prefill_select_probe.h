@@ -228,7 +228,7 @@ void mean(const FlexPrefillParams& p, bool of_key, int64_t batch, int64_t head, 
                              : element(p.dtype, p.query, p.query_stride, batch, head, t);
     for (int64_t d = 0; d < p.D; d += kPart) {
       const int64_t n = p.D - d < kPart ? p.D - d : kPart;
-      to_float(p.dtype, row + d * element_size(p.dtype), part, n);
+      to_float(p.dtype, row + d * element_bytes(p.dtype), part, n);
       for (int64_t i = 0; i < n; ++i) out[d + i] += part[i];
     }
   }

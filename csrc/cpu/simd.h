@@ -213,7 +213,5 @@ inline void from_float(DType dtype, float x, void* to, int64_t at) {
   }
 }
 
-inline int64_t element_size(DType dtype) { return dtype == DType::f32 ? 4 : 2; }
-
 }  // namespace
 }  // namespace sparse_attn

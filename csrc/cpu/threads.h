@@ -5,6 +5,10 @@
 #include <cstdlib>
 #include <memory>
 
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
 #include "../common/stable.h"
 
 namespace sparse_attn {
@@ -14,9 +18,24 @@ struct Free {
 };
 using Buffer = std::unique_ptr<char[], Free>;
 
+// Asks for huge pages: the first touch of a large buffer otherwise costs more than filling it.
+inline void prefer_huge_pages(void* begin, int64_t bytes) {
+#if defined(__linux__)
+  constexpr uintptr_t kHuge = uintptr_t(1) << 21;
+  const uintptr_t first = (reinterpret_cast<uintptr_t>(begin) + kHuge - 1) & ~(kHuge - 1);
+  const uintptr_t end = (reinterpret_cast<uintptr_t>(begin) + bytes) & ~(kHuge - 1);
+  if (end > first) madvise(reinterpret_cast<void*>(first), end - first, MADV_HUGEPAGE);
+#else
+  (void)begin, (void)bytes;
+#endif
+}
+
 inline Buffer allocate(int64_t bytes) {
-  char* p = static_cast<char*>(std::aligned_alloc(64, round_up(bytes, 64) + 64));
+  constexpr int64_t kHuge = int64_t(1) << 21;
+  const int64_t alignment = bytes >= kHuge ? kHuge : 64;
+  char* p = static_cast<char*>(std::aligned_alloc(alignment, round_up(bytes + 64, alignment)));
   SA_CHECK(p != nullptr, "out of memory: ", bytes, " bytes of scratch");
+  prefer_huge_pages(p, bytes);
   return Buffer(p);
 }
 
