@@ -11,6 +11,8 @@ from sparse_attn.ops.flex_prefill_select import op as choose
 from ..harness import Report, check, time_in_turn
 from ..inputs import gen
 
+RECALL = 0.95
+
 
 def block_mass(query: torch.Tensor, key: torch.Tensor, block: int = 128) -> torch.Tensor:
     """True attention mass per block, [Hq, Mq, Nk], mean over the rows of each query block."""
@@ -38,23 +40,29 @@ def best_density(mass: torch.Tensor, recall: float) -> float:
 
 
 def run(report: Report) -> None:
-    for n in (8192, 32768):
-        q, k, v = gen(7, n, "mixed", Hq=8, Hkv=2, D=128)
+    for kind, n in (("sharp", 8192), ("sharp", 32768), ("mixed", 32768)):
+        q, k, v = gen(7, n, kind, Hq=8, Hkv=2, D=64)
         query, key, value = (torch.from_numpy(x).transpose(1, 2).bfloat16() for x in (q, k, v))
-        end_to_end(report, query, key, value)
+        end_to_end(report, kind, query, key, value)
 
 
-def end_to_end(report: Report, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> None:
+def end_to_end(
+    report: Report, kind: str, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
+) -> None:
     n = key.shape[2]
     mass = block_mass(query, key)
-    tuned = [FlexPrefill(gamma=g, min_budget=128) for g in (0.8, 0.9, 0.95, 0.98)]
-    configs = [FlexPrefill(), *tuned]
+    configs = [
+        FlexPrefill(gamma=g, min_budget=m)
+        for g in (0.8, 0.9, 0.95, 0.98, 0.99, 0.995)
+        for m in (128, 1024)
+    ]
     found = []
     for config in configs:
-        kept = select(query, key, config).to_mask(n)[0]
-        found.append((mass * kept).sum().item() / mass.sum().item())
-    reaching = [(c, r) for c, r in zip(configs, found, strict=True) if r >= 0.95]
-    config, recall = min(reaching, key=lambda x: select(query, key, x[0]).density(n, n))
+        index = select(query, key, config)
+        recall = (mass * index.to_mask(n)[0]).sum().item() / mass.sum().item()
+        found.append((config, recall, index.density(n, n)))
+    reaching = [x for x in found if x[1] >= RECALL] or [max(found, key=lambda x: x[1])]
+    config, recall, density = min(reaching, key=lambda x: x[2])
     wide_key, wide_value = (x.repeat_interleave(4, 1) for x in (key, value))
     sdpa = lambda: F.scaled_dot_product_attention(  # noqa: E731
         query, wide_key, wide_value, is_causal=True
@@ -71,14 +79,14 @@ def end_to_end(report: Report, query: torch.Tensor, key: torch.Tensor, value: to
         5 if n <= 8192 else 3,
     )
     report.add(
-        f"FlexPrefill vs sdpa, bfloat16, mixed, 8 x {n} x 128, recall >= 0.95",
+        f"FlexPrefill vs sdpa, bfloat16, {kind}, 8 x {n} x 64, recall >= 0.95",
         seconds["sdpa"] / seconds["flex"],
         ">= 12" if n == 32768 else "",
         recall=recall,
         gamma=config.gamma,
         min_budget=config.min_budget,
-        density=select(query, key, config).density(n, n),
-        best_density=best_density(mass, 0.95),
+        density=density,
+        best_density=best_density(mass, RECALL),
         vs_own_dense=seconds["dense"] / seconds["flex"],
         select_share=seconds["select"] / seconds["flex"],
         ms=seconds["flex"] * 1e3,
