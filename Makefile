@@ -2,6 +2,7 @@
 #   make test TORCH="torch --index-url <the index of the CUDA build you want>"
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
+TRITON ?= triton==3.6.0
 VENV := .venv
 BIN := $(VENV)/bin
 SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h') setup.py pyproject.toml
@@ -24,7 +25,13 @@ $(VENV)/.installed: $(VENV)/.torch $(SOURCES)
 demo: $(VENV)/.installed
 	$(BIN)/python -m sparse_attn demo
 
-test: $(VENV)/.installed
+# a CUDA build of torch brings its own; without any the tests of Triton kernels are skipped
+$(VENV)/.triton: $(VENV)/.torch
+	$(BIN)/python -c "import triton" 2>/dev/null || $(BIN)/pip install $(TRITON) || \
+	  echo "No $(TRITON) for this machine: its tests will be skipped"
+	@touch $@
+
+test: $(VENV)/.installed $(VENV)/.triton
 	$(BIN)/python -m pytest
 
 bench: $(VENV)/.installed

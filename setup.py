@@ -146,7 +146,10 @@ setup(
             for p in sorted((ROOT / "sparse_attn").iterdir())
             if (p / "__init__.py").exists()
         ),
+        "sparse_attn.triton_kernels",
     ],
+    # a top-level triton_kernels would clash with Triton's own package of that name
+    package_dir={"sparse_attn.triton_kernels": "triton_kernels"},
     ext_modules=ext_modules,
     cmdclass={"build_ext": BuildExt, "bdist_wheel": BdistWheel},
 )

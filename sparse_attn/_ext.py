@@ -1,8 +1,9 @@
-"""Loads the compiled extension; keeps the reason when there is none."""
+"""Loads the compiled extension, looks for Triton; keeps the reason when there is none."""
 
 from __future__ import annotations
 
 from importlib import import_module
+from importlib.util import find_spec
 
 OLDEST_TORCH = (2, 11)
 
@@ -27,4 +28,10 @@ def _load() -> str | None:
     return None
 
 
+def _find_triton() -> str | None:
+    """None when Triton is installed; it is imported by the first kernel, not here."""
+    return None if find_spec("triton") else "Triton is not installed: pip install triton"
+
+
 cpp_missing: str | None = _load()
+triton_missing: str | None = _find_triton()

@@ -116,9 +116,7 @@ def _dense_because(
 
 def _backend_for(query: torch.Tensor) -> str:
     """The backend that attends where none was asked for."""
-    row = next(
-        (i for i in attend.impls if i.device in ("any", query.device.type) and not i.missing), None
-    )
+    row = next((i for i in attend.impls if i.is_for(query.device.type) and not i.missing), None)
     return row.backend if row is not None else "reference"
 
 
@@ -169,8 +167,9 @@ def explain(
     index = Dense().select(query, key).index
     args = attend.bind(query, key, value, *index, causal, key.shape[2])
     reasons = attend.reasons(args)
-    chosen = next((i.backend for i in attend.impls if reasons[i.backend] is None), None)
-    chosen = backend or chosen
+    device = query.device.type
+    ready = (i.backend for i in attend.impls if i.is_for(device) and reasons[i.backend] is None)
+    chosen = backend or next(ready, None)
     for name in BACKENDS:
         verdict = "used" if name == chosen and reasons[name] is None else reasons[name]
         lines.append(f"  {name}: {verdict or 'could serve, is not preferred'}")

@@ -8,3 +8,8 @@ import os
 def forced_backend() -> str | None:
     """SPARSE_ATTN_BACKEND: use this backend for every operator; for debugging only."""
     return os.environ.get("SPARSE_ATTN_BACKEND") or None
+
+
+def interpreted() -> bool:
+    """TRITON_INTERPRET, Triton's own variable: kernels run on the CPU, for tests."""
+    return os.environ.get("TRITON_INTERPRET") == "1"

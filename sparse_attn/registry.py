@@ -34,6 +34,9 @@ class Impl:
     overload: Any  # torch.ops.sparse_attn.<op>.<backend>
     missing: str | None  # why it cannot be loaded here at all
 
+    def is_for(self, device: str) -> bool:
+        return self.device in ("any", device)
+
 
 @dataclass
 class Op:
@@ -99,7 +102,11 @@ class Op:
             missing = missing or _ext.cpp_missing
         else:
             package = {"reference": "reference", "triton": "triton_kernels"}[backend]
-            self._register_python(backend, device, f"{__package__}.{package}.{self.name}")
+            # the interpreter runs Triton's kernels on CPU tensors too
+            key = "any" if backend == "triton" else device
+            self._register_python(backend, key, f"{__package__}.{package}.{self.name}")
+        if backend == "triton":
+            missing = missing or _ext.triton_missing
         self._add(backend, device, when, missing)
 
     def _register_python(self, backend: str, device: str, module: str) -> None:
@@ -127,7 +134,8 @@ class Op:
             # the dispatcher drops trailing arguments that equal their defaults
             return fn(backend, *self.bind(*args))
 
-        LIBRARY.impl(f"{self.name}.{backend}", kernel, DISPATCH_KEYS[device])
+        key = "any" if backend == "triton" else device
+        LIBRARY.impl(f"{self.name}.{backend}", kernel, DISPATCH_KEYS[key])
         missing = None
         for part in of:
             row = next((i for i in part.impls if i.backend == backend), None)
@@ -198,7 +206,7 @@ class Op:
         device = next(a.device.type for a in args if isinstance(a, torch.Tensor))
         found: dict[str, str | None] = {}
         for row in self.impls:
-            if row.device not in ("any", device):
+            if not row.is_for(device) and not (row.backend == "triton" and env.interpreted()):
                 found[row.backend] = f"runs on {row.device} tensors, these are on {device}"
             elif row.missing is not None:
                 found[row.backend] = row.missing
@@ -215,8 +223,11 @@ class Op:
         if backend is not None and backend not in BACKENDS:
             raise ValueError(f"backend: got {backend!r}, expected one of {sorted(BACKENDS)}")
         reasons = self.reasons(args)
+        device = args[0].device.type
         for row in self.impls:
-            if reasons[row.backend] is None and backend in (None, row.backend):
+            # off its device, under Triton's interpreter, a row serves on request only
+            chosen = row.is_for(device) if backend is None else row.backend == backend
+            if chosen and reasons[row.backend] is None:
                 return row
         shown = reasons if backend is None else {backend: reasons[backend]}
         lines = "\n".join(f"  {name}: {why}" for name, why in shown.items())

@@ -12,8 +12,9 @@ from sparse_attn.block_index import BlockIndex
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 ISAS = cpu_isa.available()
+TRITON = ("triton", None)  # on the GPU if there is one, otherwise under the interpreter
 # every way to run an operator on this machine: (backend, instruction set)
-RUNS = [("reference", None), *(("cpp", isa) for isa in ISAS)]
+RUNS = [("reference", None), *(("cpp", isa) for isa in ISAS), TRITON]
 # far below one unit in the last place of a result of size 1, for rows whose dense error is 0
 FLOOR = {torch.float32: 5e-7, torch.float16: 2e-4, torch.bfloat16: 2e-3}
 
@@ -28,6 +29,19 @@ def instruction_set(isa: str | None):
     finally:
         if isa is not None:
             cpu_isa.cpu_isa("auto")
+
+
+def call(op, run, *args, **options):
+    """An operator by a backend or one of `RUNS`, on the device it is for; results on the CPU."""
+    backend, isa = (run, None) if isinstance(run, str) else run
+    on_gpu = backend in ("triton", "cuda") and torch.cuda.is_available()
+
+    def move(x):
+        return x.cuda() if on_gpu and isinstance(x, torch.Tensor) else x
+
+    with instruction_set(isa):
+        results = op(*map(move, args), **{k: move(x) for k, x in options.items()}, backend=backend)
+    return tuple(x.cpu() for x in results)
 
 
 @dataclass(frozen=True)

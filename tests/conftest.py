@@ -1,6 +1,18 @@
+import os
+
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
+
+from sparse_attn import _ext, env
+from tests.cases import TRITON
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # Triton reads it when a kernel is defined
+if env.interpreted() and _ext.triton_missing is None:
+    from tests.interpreter import teach_bfloat16
+
+    teach_bfloat16()
 
 settings.register_profile(
     "ci",
@@ -14,3 +26,14 @@ settings.load_profile("ci")
 @pytest.fixture(autouse=True)
 def seed():
     torch.manual_seed(0)
+
+
+def pytest_collection_modifyitems(items):
+    """Shows what needs Triton as skipped, with the reason, where there is none."""
+    for item in items:
+        values = item.callspec.params.values() if hasattr(item, "callspec") else ()
+        triton = item.get_closest_marker("triton") or {"triton", TRITON} & {
+            v for v in values if isinstance(v, (str, tuple))
+        }
+        if triton and _ext.triton_missing:
+            item.add_marker(pytest.mark.skip(reason=_ext.triton_missing))

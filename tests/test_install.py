@@ -1,11 +1,14 @@
+import importlib.util
 import os
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).parent.parent
+FOLDERS = ("sparse_attn/", "csrc/", "triton_kernels/")
 
 
 def build(tmp_path, **env):
@@ -15,7 +18,7 @@ def build(tmp_path, **env):
         ["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True
     ).stdout.split("\n")
     for name in filter(None, names):
-        if name.startswith(("sparse_attn/", "csrc/", "setup.py", "pyproject", "README", "LICENSE")):
+        if name.startswith((*FOLDERS, "setup.py", "pyproject", "README", "LICENSE")):
             target = source / name
             target.parent.mkdir(parents=True, exist_ok=True)
             target.write_bytes((ROOT / name).read_bytes())
@@ -25,16 +28,24 @@ def build(tmp_path, **env):
         env={**os.environ, **env}, check=True, capture_output=True, text=True,
     )  # fmt: skip
     (wheel,) = (tmp_path / "out").glob("*.whl")
-    return wheel.name
+    return wheel
 
 
 def test_pure_python_wheel(tmp_path):
-    assert build(tmp_path, SPARSE_ATTN_BUILD="none").endswith("py3-none-any.whl")
+    wheel = build(tmp_path, SPARSE_ATTN_BUILD="none")
+    assert wheel.name.endswith("py3-none-any.whl")
+    files = zipfile.ZipFile(wheel).namelist()
+    assert "sparse_attn/triton_kernels/merge_attention_states.py" in files
 
 
 def test_one_wheel_for_every_python(tmp_path):
-    name = build(tmp_path, SPARSE_ATTN_BUILD="cpu")
-    assert "-cp310-abi3-" in name
+    assert "-cp310-abi3-" in build(tmp_path, SPARSE_ATTN_BUILD="cpu").name
+
+
+def test_the_installed_package_finds_the_triton_kernels():
+    """Without importing Triton: the mapping of the folder holds for an editable install too."""
+    found = importlib.util.find_spec("sparse_attn.triton_kernels")
+    assert Path(found.origin).parent.name == "triton_kernels"
 
 
 def test_unknown_build_is_refused(tmp_path):

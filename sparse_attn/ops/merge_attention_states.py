@@ -32,6 +32,7 @@ def _(out_a, lse_a, out_b, lse_b):
             raise ValueError(f"{name}: device is {x.device}, expected {out_a.device} as out_a")
 
 
+op.impl("triton", device="cuda", when=check.not_float64)
 op.impl("cpp", device="cpu", when=check.not_float64)
 op.impl("reference", device="any")
 op.no_grad("Detach the inputs.")

@@ -4,9 +4,9 @@ import torch
 from sparse_attn.block_index import BlockIndex
 from sparse_attn.ops.block_sparse_attention import op as attend
 from sparse_attn.ops.merge_attention_states import op
-from tests.cases import DTYPES, Shape, assert_as_accurate, inputs
+from tests.cases import DTYPES, Shape, assert_as_accurate, call, inputs
 
-BACKENDS = ["cpp", "reference"]
+BACKENDS = ["cpp", "reference", "triton"]
 
 
 def states(dtype=torch.float32):
@@ -25,7 +25,7 @@ def states(dtype=torch.float32):
 def test_parity(backend, dtype):
     args = states(dtype)
     exact, exact_lse = op(*(x.double() for x in args))
-    out, lse = op(*args, backend=backend)
+    out, lse = call(op, backend, *args)
     assert out.dtype == dtype and lse.dtype == torch.float32
     assert_as_accurate(out, exact, exact.to(dtype), dtype)
     torch.testing.assert_close(lse.double(), exact_lse, rtol=1e-6, atol=1e-6)
@@ -41,7 +41,7 @@ def test_joins_disjoint_keys(backend):
     results = [
         attend(query, key, value, *BlockIndex.from_mask(mask & part, 64, 64)) for part in parts
     ]
-    out, lse = op(*results[0], *results[1], backend=backend)
+    out, lse = call(op, backend, *results[0], *results[1])
     want, want_lse = attend(query, key, value, *whole)
     torch.testing.assert_close(out, want, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(lse, want_lse, rtol=1e-5, atol=1e-5)
@@ -62,7 +62,7 @@ def test_bad_input(backend, at, change, message):
     args = list(states())
     args[at] = change(args[at])
     with pytest.raises((ValueError, TypeError), match=message):
-        op(*args, backend=backend)
+        call(op, backend, *args)
 
 
 @pytest.mark.parametrize("overload", ["default", *BACKENDS])
