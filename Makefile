@@ -7,7 +7,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h') setup.py pyproject.toml
 
-.PHONY: demo test bench lint clean
+.PHONY: demo test sanitize bench lint clean
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
@@ -33,6 +33,20 @@ $(VENV)/.triton: $(VENV)/.torch
 
 test: $(VENV)/.installed $(VENV)/.triton
 	$(BIN)/python -m pytest
+
+# the operators' tests on a copy whose extension checks every access to memory; libstdc++ is loaded
+# first as well because AddressSanitizer must find its exceptions
+sanitize: $(VENV)/.installed
+	rm -rf build/sanitize && mkdir -p build/sanitize
+	git ls-files -z | xargs -0 cp --parents -t build/sanitize
+	cd build/sanitize && CXX=g++ LDFLAGS=-fsanitize=address \
+		CXXFLAGS="-fsanitize=address -fno-omit-frame-pointer -g1" \
+		$(abspath $(BIN))/python setup.py -q build_ext --inplace \
+		2>build.log || { tail build.log; exit 1; }
+	nm -D build/sanitize/sparse_attn/_C.abi3.so | grep -q __asan_report
+	cd build/sanitize && ASAN_OPTIONS=detect_leaks=0 \
+		LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libstdc++.so)" \
+		$(abspath $(BIN))/python -m pytest --capture=sys tests/ops
 
 bench: $(VENV)/.installed
 	$(BIN)/python -m bench
