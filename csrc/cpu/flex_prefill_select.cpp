@@ -353,7 +353,8 @@ class Selector {
 };
 
 void check_arguments(const Tensor& query, const Tensor& key, int64_t block,
-                     const std::string& variant, bool causal) {
+                     std::optional<int64_t> max_budget, const std::string& variant, bool causal,
+                     std::optional<double> scale) {
   SA_CHECK(query.dim() == 4 && query.numel() > 0, "query: expected [B, Hq, Tq, D], not empty");
   SA_CHECK(key.dim() == 4 && key.numel() > 0, "key: expected [B, Hkv, Tk, D], not empty");
   SA_CHECK(key.scalar_type() == query.scalar_type(), "key: dtype differs from query's");
@@ -362,6 +363,8 @@ void check_arguments(const Tensor& query, const Tensor& key, int64_t block,
   SA_CHECK(query.size(1) % key.size(1) == 0, "query: heads are no multiple of key's");
   SA_CHECK(query.is_cpu() && key.is_cpu(), "query, key: expected CPU tensors");
   SA_CHECK(block >= 1 && block <= kProbeLanes, "block_size: got ", block, ", expected 1 to 128");
+  SA_CHECK(max_budget.value_or(1) >= 1, "max_budget: got ", *max_budget, ", expected 1 or more");
+  SA_CHECK(std::isfinite(scale.value_or(0)), "scale: expected a finite number");
   SA_CHECK(variant == "exact", "variant: got ", variant, ", this kernel serves exact");
   SA_CHECK(causal, "causal: FlexPrefill is defined for causal prefill");
 }
@@ -370,7 +373,7 @@ std::tuple<Tensor, Tensor, Tensor> flex_prefill_select(
     Tensor query, Tensor key, double gamma, double tau, int64_t min_budget,
     std::optional<int64_t> max_budget, int64_t block_size, std::string variant, bool causal,
     std::optional<double> scale) {
-  check_arguments(query, key, block_size, variant, causal);
+  check_arguments(query, key, block_size, max_budget, variant, causal, scale);
   query = last_dim_contiguous(query), key = last_dim_contiguous(key);
   Params p{};
   p.dtype = dtype_of(query, "query");

@@ -33,7 +33,9 @@ inline void prefer_huge_pages(void* begin, int64_t bytes) {
 inline Buffer allocate(int64_t bytes) {
   constexpr int64_t kHuge = int64_t(1) << 21;
   const int64_t alignment = bytes >= kHuge ? kHuge : 64;
-  char* p = static_cast<char*>(std::aligned_alloc(alignment, round_up(bytes + 64, alignment)));
+  // no slack at the end: it would hide an overrun from sanitizers
+  char* p = static_cast<char*>(
+      std::aligned_alloc(alignment, round_up(std::max<int64_t>(bytes, 1), alignment)));
   SA_CHECK(p != nullptr, "out of memory: ", bytes, " bytes of scratch");
   prefer_huge_pages(p, bytes);
   return Buffer(p);

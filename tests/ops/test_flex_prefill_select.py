@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from bench.inputs import gen
 from sparse_attn.ops.flex_prefill_select import op
-from tests.cases import DTYPES, RUNS, Shape, instruction_set
+from tests.cases import DTYPES, ISAS, RUNS, Shape, instruction_set
 from tests.cases import inputs as random_inputs
 
 ORACLES = Path(__file__).parents[1] / "oracles" / "flexprefill"
@@ -312,6 +312,23 @@ def test_bad_input(backend, change, message):
         op(**arguments, backend=backend)
     with pytest.raises((ValueError, TypeError, RuntimeError), match=message):
         op.default(**arguments)
+
+
+@pytest.mark.skipif(not ISAS, reason="needs the C++ extension")
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"max_budget": -500}, "max_budget: got -500"),
+        ({"scale": float("nan")}, "scale: expected"),
+        ({"block_size": 129}, "block_size: got 129"),
+        ({"variant": "official"}, "variant: got official"),
+        ({"causal": False}, "causal"),
+    ],
+)
+def test_the_kernel_checks_its_options_itself(options, message):
+    query, key = random_inputs(Shape(Tq=100, Tk=100))[:2]
+    with pytest.raises(RuntimeError, match=message):
+        torch.ops.sparse_attn.flex_prefill_select.cpp(query, key, **options)
 
 
 @pytest.mark.parametrize("overload", ["default", "cpp", "reference"])
