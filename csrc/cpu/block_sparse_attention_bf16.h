@@ -47,7 +47,10 @@ class Tile {
       if (more) start_scores(next, buffer ^ 1);
       exponentiate(now, s_.scores[buffer]);
       engine_.finish_scores();
-      if (!more || next.chunk != now.chunk) queue_sums(static_cast<int>(now.chunk & 1));
+      if (!more || next.chunk != now.chunk) {
+        engine_.drain();
+        queue_sums(static_cast<int>(now.chunk & 1), 0, blocks_);
+      }
       if (!more) break;
       now = next;
     }
@@ -185,26 +188,24 @@ class Tile {
     return s_.p[side] + (group * kBlocks + block) * kGroupKeys * kLanes / 2;
   }
 
-  // Hands P of the groups of one lane block, so far not summed, to the engine.
-  void queue_sums(int side, int block) {
-    if (waiting_[block] == 0) return;
-    SumJob job;
-    job.n = waiting_[block];
+  // Hands P of the groups of lane blocks [from, to), so far not summed, to the engine.
+  void queue_sums(int side, int from, int to) {
+    // value slices outermost: the lane blocks find them in the first-level cache
     for (int64_t d = 0; d < padded_dv(p_); d += 32) {
-      job.out = s_.out + (block * padded_dv(p_) + d) * kLanes;
-      for (int i = 0; i < job.n; ++i) {
-        const int group = waiting_group_[block][i];
-        job.values[i] = operands_[side][group].value + d * kGroupKeys;
-        job.p[i] = p_of(side, group, block);
+      for (int block = from; block < to; ++block) {
+        if (waiting_[block] == 0) continue;
+        SumJob job;
+        job.n = waiting_[block];
+        job.out = s_.out + (block * padded_dv(p_) + d) * kLanes;
+        for (int i = 0; i < job.n; ++i) {
+          const int group = waiting_group_[block][i];
+          job.values[i] = operands_[side][group].value + d * kGroupKeys;
+          job.p[i] = p_of(side, group, block);
+        }
+        engine_.add(job);
       }
-      engine_.add(job);
     }
-    waiting_[block] = 0;
-  }
-
-  void queue_sums(int side) {
-    engine_.drain();
-    for (int block = 0; block < blocks_; ++block) queue_sums(side, block);
+    for (int block = from; block < to; ++block) waiting_[block] = 0;
   }
 
   void exponentiate(const Unit& u, const float* scores) {
@@ -301,7 +302,7 @@ class Tile {
     // what was exponentiated with the old reference is summed before the sums are rescaled
     engine_.finish_scores();
     engine_.drain();
-    queue_sums(static_cast<int>(u.chunk & 1), u.block);
+    queue_sums(static_cast<int>(u.chunk & 1), u.block, u.block + 1);
     engine_.drain();
     for (int v = 0; v < 2; ++v) {
       if (grown[v] == 0) continue;

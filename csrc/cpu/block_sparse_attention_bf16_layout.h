@@ -17,7 +17,7 @@ namespace {
 
 using Params = BlockSparseAttentionParams;
 
-constexpr int kChunk = 4;    // groups whose P is kept before it is multiplied by V
+constexpr int kChunk = 8;    // groups whose P is kept before it is multiplied by V
 constexpr int kLanes = 32;   // queries of a lane block: two vectors
 constexpr int kBlocks = kMaxRows / kLanes;
 constexpr int kMaxJobs = 64;
