@@ -85,10 +85,20 @@ class Decode {
 
   void run(const KeyGroup* groups, int64_t n) {
     for (int64_t g = 0; g < n; ++g) {
-      if (g + 1 < n) prefetch(groups[g + 1]);
-      for (int k = 0; k < kGroupKeys; ++k) score(groups[g], k);
+      const KeyGroup& next = groups[g + 1 < n ? g + 1 : g];
+      for (int k = 0; k < kGroupKeys; ++k) {
+        prefetch(element(kType, p_.key, p_.key_stride, tile_.batch, tile_.kv_head, token(next, k)),
+                 p_.D);
+        score(groups[g], k);
+      }
       for (int r = 0; r < kRows; ++r) exponentiate(groups[g], r);
-      for (int k = 0; k < kGroupKeys; k += 4) accumulate(groups[g], k);
+      for (int k = 0; k < kGroupKeys; k += 4) {
+        for (int i = k; i < k + 4; ++i)
+          prefetch(element(kType, p_.value, p_.value_stride, tile_.batch, tile_.kv_head,
+                           token(next, i)),
+                   p_.Dv);
+        accumulate(groups[g], k);
+      }
     }
   }
 
@@ -120,14 +130,9 @@ class Decode {
     return g.tokens == nullptr ? g.first + k : g.tokens[k];
   }
 
-  void prefetch(const KeyGroup& g) const {
-    for (int k = 0; k < kGroupKeys; ++k) {
-      const int64_t t = token(g, k);
-      const char* key = element(kType, p_.key, p_.key_stride, tile_.batch, tile_.kv_head, t);
-      const char* value = element(kType, p_.value, p_.value_stride, tile_.batch, tile_.kv_head, t);
-      for (int64_t b = 0; b < p_.D * element_bytes(kType); b += 64) __builtin_prefetch(key + b);
-      for (int64_t b = 0; b < p_.Dv * element_bytes(kType); b += 64) __builtin_prefetch(value + b);
-    }
+  // a row of the next group at a time: more would wait for free line buffers
+  static void prefetch(const char* row, int64_t n) {
+    for (int64_t b = 0; b < n * element_bytes(kType); b += 64) __builtin_prefetch(row + b);
   }
 
   // Calls use(vector index, elements as float) for each vector of a row of n elements.

@@ -13,6 +13,7 @@ using Params = BlockSparseAttentionParams;
 
 constexpr int kWidth = Vec::kWidth;
 constexpr int kLanes = 2 * kWidth;          // queries of a lane block
+constexpr int kRegisterRows = kWidth == 16 ? 12 : 4;  // times two vectors, held in registers
 constexpr int kChunkKeys = 2 * kGroupKeys;  // keys whose scores are held at once
 
 inline const char* element(DType dtype, const void* base, const int64_t stride[3], int64_t b,
@@ -21,13 +22,13 @@ inline const char* element(DType dtype, const void* base, const int64_t stride[3
          (b * stride[0] + h * stride[1] + t * stride[2]) * element_bytes(dtype);
 }
 
-// c [kRows][2 vectors] += a(row, k) * b [k][kLanes] over k < n
-template <int kRows, class Element>
-inline void multiply(Vec (&c)[kRows][2], Element a, const float* b, int64_t n) {
+// c [kCount][2 vectors] += a(row, k) * b [k][kLanes] over k < n
+template <int kCount, class Element>
+inline void multiply(Vec (&c)[kCount][2], Element a, const float* b, int64_t n) {
   for (int64_t k = 0; k < n; ++k) {
     const Vec b0 = Vec::load(b + k * kLanes), b1 = Vec::load(b + k * kLanes + kWidth);
 #pragma GCC unroll 16
-    for (int r = 0; r < kRows; ++r) {
+    for (int r = 0; r < kCount; ++r) {
       const Vec x = Vec::set(a(r, k));
       c[r][0] = Vec::fma(x, b0, c[r][0]);
       c[r][1] = Vec::fma(x, b1, c[r][1]);
@@ -192,17 +193,22 @@ class FloatTile {
   }
 
   void score(int slot, int block, float* scores) {
-    constexpr int kRows = kWidth == 16 ? 8 : 4;
-    const float* q = s_.q + block * p_.D * kLanes;
-    for (int k = 0; k < kGroupKeys; k += kRows) {
-      const float* key = keys_[slot] + k * key_stride_[slot];
-      const int64_t stride = key_stride_[slot];
-      Vec c[kRows][2];
-      for (auto& x : c) x[0] = x[1] = Vec::zero();
-      multiply(c, [=](int r, int64_t d) { return key[r * stride + d]; }, q, p_.D);
-      for (int r = 0; r < kRows; ++r)
-        for (int v = 0; v < 2; ++v) c[r][v].store(scores + (k + r) * kLanes + v * kWidth);
-    }
+    int k = 0;
+    for (; k + kRegisterRows <= kGroupKeys; k += kRegisterRows) score_rows<kRegisterRows>(slot, k, block, scores);
+    if constexpr (kGroupKeys % kRegisterRows != 0)
+      score_rows<kGroupKeys % kRegisterRows>(slot, k, block, scores);
+  }
+
+  template <int kCount>
+  void score_rows(int slot, int k, int block, float* scores) {
+    const int64_t stride = key_stride_[slot];
+    const float* key = keys_[slot] + k * stride;
+    Vec c[kCount][2];
+    for (auto& x : c) x[0] = x[1] = Vec::zero();
+    multiply(c, [=](int r, int64_t d) { return key[r * stride + d]; },
+             s_.q + block * p_.D * kLanes, p_.D);
+    for (int r = 0; r < kCount; ++r)
+      for (int v = 0; v < 2; ++v) c[r][v].store(scores + (k + r) * kLanes + v * kWidth);
   }
 
   // Scores that a lane may not see become -inf, which exponentiates to exactly 0.
@@ -253,22 +259,22 @@ class FloatTile {
   }
 
   void accumulate(int slot, const float* weights, int block) {
-    constexpr int kRows = kWidth == 16 ? 8 : 4;
     float* out = s_.out + block * p_.Dv * kLanes;
     int64_t d = 0;
-    for (; d + kRows <= p_.Dv; d += kRows) accumulate_rows<kRows>(slot, weights, d, out);
+    for (; d + kRegisterRows <= p_.Dv; d += kRegisterRows) accumulate_rows<kRegisterRows>(slot, weights, d, out);
+    for (; d + 4 <= p_.Dv; d += 4) accumulate_rows<4>(slot, weights, d, out);
     for (; d < p_.Dv; ++d) accumulate_rows<1>(slot, weights, d, out);
   }
 
-  template <int kRows>
+  template <int kCount>
   void accumulate_rows(int slot, const float* weights, int64_t d, float* out) {
     const float* value = values_[slot] + d;
     const int64_t stride = value_stride_[slot];
-    Vec c[kRows][2];
-    for (int r = 0; r < kRows; ++r)
+    Vec c[kCount][2];
+    for (int r = 0; r < kCount; ++r)
       for (int v = 0; v < 2; ++v) c[r][v] = Vec::load(out + (d + r) * kLanes + v * kWidth);
     multiply(c, [=](int r, int64_t k) { return value[k * stride + r]; }, weights, kGroupKeys);
-    for (int r = 0; r < kRows; ++r)
+    for (int r = 0; r < kCount; ++r)
       for (int v = 0; v < 2; ++v) c[r][v].store(out + (d + r) * kLanes + v * kWidth);
   }
 
