@@ -45,7 +45,6 @@ struct FloatScratch {
   float* max;         // [kMaxRows] raw score that was subtracted
   float* sum;         // [kMaxRows]
   int32_t* position;  // [kMaxRows]
-  float* row;         // [Dv]
 
   static int64_t layout(const Params& p, char* base, FloatScratch* s) {
     char* at = base;
@@ -62,7 +61,6 @@ struct FloatScratch {
     take(t.max, kMaxRows);
     take(t.sum, kMaxRows);
     take(t.position, kMaxRows);
-    take(t.row, p.Dv);
     if (s != nullptr) *s = t;
     return at - base;
   }
