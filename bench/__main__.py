@@ -1,4 +1,7 @@
-"""`python -m bench [NAME ...]`: runs the benchmarks, each in bench/ops or bench/methods."""
+"""`python -m bench [NAME ...]`: runs the benchmarks, each in bench/ops or bench/methods.
+
+`python -m bench aot` compiles the Triton kernels and lists what they use, see aot.py.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +9,7 @@ import sys
 from importlib import import_module
 from pkgutil import iter_modules
 
-from . import methods, ops
+from . import aot, methods, ops
 from .harness import Report, hardware
 
 
@@ -27,4 +30,7 @@ def main(names: list[str]) -> None:
         report.write()
 
 
-main(sys.argv[1:])
+if sys.argv[1:2] == ["aot"]:
+    aot.main(sys.argv[2:])
+else:
+    main(sys.argv[1:])

@@ -30,7 +30,11 @@ def _load() -> str | None:
 
 def _find_triton() -> str | None:
     """None when Triton is installed; it is imported by the first kernel, not here."""
-    return None if find_spec("triton") else "Triton is not installed: pip install triton"
+    try:
+        found = find_spec("triton") is not None
+    except ValueError:  # blocked in sys.modules
+        found = False
+    return None if found else "Triton is not installed: pip install triton"
 
 
 cpp_missing: str | None = _load()

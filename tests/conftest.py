@@ -10,9 +10,9 @@ from tests.cases import TRITON
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # Triton reads it when a kernel is defined
 if env.interpreted() and _ext.triton_missing is None:
-    from tests.interpreter import teach_bfloat16
+    from tests.interpreter import mend
 
-    teach_bfloat16()
+    mend()
 
 settings.register_profile(
     "ci",

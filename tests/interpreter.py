@@ -1,4 +1,4 @@
-"""Triton's interpreter, taught bfloat16: it multiplies the bits and truncates where it rounds."""
+"""Mends Triton's interpreter, which multiplies the bits of bfloat16 and truncates its results."""
 
 from __future__ import annotations
 
@@ -16,11 +16,13 @@ def to_bfloat16(x):
     return np.where(np.isnan(x), 0x7FC0, rounded).astype(np.uint16)
 
 
-def teach_bfloat16():
+def mend():
     import triton.language as tl
+    from triton.runtime import interpreter
     from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
     cast, dot = InterpreterBuilder.cast_impl, InterpreterBuilder.create_dot
+    patch_tensor = interpreter._patch_lang_tensor
 
     def cast_impl(self, src, dst_type):
         kinds = (src.dtype.scalar, dst_type.scalar)
@@ -38,6 +40,12 @@ def teach_bfloat16():
     def create_fp_to_fp(self, src, dst_type, rounding_mode):
         return cast_impl(self, src, dst_type)
 
+    def patch_lang_tensor(tensor, scope):
+        patch_tensor(tensor, scope)
+        # int() of an array of one element is gone from numpy 2.4
+        scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
+
+    interpreter._patch_lang_tensor = patch_lang_tensor
     InterpreterBuilder.cast_impl = cast_impl
     InterpreterBuilder.create_dot = create_dot
     InterpreterBuilder.create_fp_to_fp = create_fp_to_fp

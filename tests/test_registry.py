@@ -72,14 +72,38 @@ def test_works_without_the_extension():
 
 def test_forced_backends_never_fall_back():
     args = (*inputs(SHAPE), *index(SHAPE))
-    for backend in ("triton", "cuda"):
-        with pytest.raises(NotImplementedError, match=f"{backend}: not implemented"):
-            op(*args, backend=backend)
+    with pytest.raises(NotImplementedError, match="cuda: not implemented"):
+        op(*args, backend="cuda")
     with pytest.raises(ValueError, match="backend: got 'gpu'"):
         op(*args, backend="gpu")
     double = [x.double() for x in args[:3]]
     with pytest.raises(NotImplementedError, match="cpp: float64"):
         op(*double, *args[3:], backend="cpp")
+
+
+@pytest.mark.triton
+def test_why_triton_cannot_serve(monkeypatch):
+    wide = [x.repeat(1, 1, 1, 5) for x in inputs(SHAPE)]
+    call_of = lambda *x: op(*x, *index(SHAPE), backend="triton")  # noqa: E731
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    with pytest.raises(NotImplementedError, match="triton: head_dim 320"):
+        call_of(*wide)
+    with pytest.raises(NotImplementedError, match="triton: float64"):
+        call_of(*(x.double() for x in inputs(SHAPE)))
+    monkeypatch.delenv("TRITON_INTERPRET")
+    with pytest.raises(NotImplementedError, match="triton: runs on cuda tensors"):
+        call_of(*inputs(SHAPE))
+
+
+def test_without_triton():
+    python(
+        """
+        import sys
+        sys.modules["triton"] = None
+        import torch, sparse_attn
+        assert "pip install triton" in sparse_attn.backends()["attention"]["triton"]
+        """
+    )
 
 
 def test_environment_forces_a_backend(monkeypatch):

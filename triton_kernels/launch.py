@@ -1,29 +1,40 @@
-"""What every launch needs: the tensor's device, and what is known of it."""
+"""How kernels are launched, and what is known of the device of a tensor."""
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
 from functools import cache
+from typing import Any
 
 import torch
 
 
-def device_of(x: torch.Tensor) -> AbstractContextManager[None]:
-    """Triton launches on the current device: makes it the tensor's."""
-    return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
+def run(kernel: Any, programs: int, *args: Any, **options: Any) -> None:
+    """Launches `programs` of a kernel on the device of its first argument."""
+    if not args[0].is_cuda:
+        kernel[(programs,)](*args, **options)
+        return
+    # Triton launches on the current device
+    with torch.cuda.device(args[0].device):
+        kernel[(programs,)](*args, **options)
 
 
 @cache
-def _properties(index: int) -> tuple[str, int]:
+def properties(index: int) -> tuple[str, int]:
+    """Architecture and number of multiprocessors of a CUDA device."""
     p = torch.cuda.get_device_properties(index)
     return f"sm_{p.major}{p.minor}", p.multi_processor_count
 
 
 def arch_of(x: torch.Tensor) -> str:
     """The architecture as in configs.py; under the interpreter the oldest."""
-    return _properties(x.device.index)[0] if x.is_cuda else "sm_80"
+    return properties(x.device.index)[0] if x.is_cuda else "sm_80"
 
 
 def processors(x: torch.Tensor) -> int:
     """Multiprocessors of the device; a few under the interpreter, so that tests split work."""
-    return _properties(x.device.index)[1] if x.is_cuda else 4
+    return properties(x.device.index)[1] if x.is_cuda else 4
+
+
+def last_dim_contiguous(x: torch.Tensor) -> torch.Tensor:
+    """The kernels take any strides but the last."""
+    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()

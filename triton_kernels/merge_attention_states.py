@@ -6,10 +6,10 @@ import torch
 import triton
 import triton.language as tl
 
-from .launch import device_of
+from . import launch
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["H", "T", "rows"])
 def merge_attention_states_kernel(
     out_a, lse_a, out_b, lse_b, out, lse, H, T, Dv,
     oa_b, oa_h, oa_t, oa_d, la_b, la_h, la_t, ob_b, ob_h, ob_t, ob_d, lb_b, lb_h, lb_t,
@@ -46,10 +46,10 @@ def merge_attention_states(
     lse = torch.empty(lse_a.shape, dtype=lse_a.dtype, device=lse_a.device)
     block_d = triton.next_power_of_2(dv)
     block_t = max(1, 2048 // block_d)
-    with device_of(out_a):
-        merge_attention_states_kernel[(triton.cdiv(lse.numel(), block_t),)](
-            out_a, lse_a, out_b, lse_b, out, lse, heads, length, dv,
-            *out_a.stride(), *lse_a.stride(), *out_b.stride(), *lse_b.stride(),
-            lse.numel(), BLOCK_T=block_t, BLOCK_D=block_d,
-        )  # fmt: skip
+    launch.run(
+        merge_attention_states_kernel, triton.cdiv(lse.numel(), block_t),
+        out_a, lse_a, out_b, lse_b, out, lse, heads, length, dv,
+        *out_a.stride(), *lse_a.stride(), *out_b.stride(), *lse_b.stride(),
+        lse.numel(), BLOCK_T=block_t, BLOCK_D=block_d,
+    )  # fmt: skip
     return out, lse

@@ -1,0 +1,164 @@
+"""`python -m bench aot [--quick]`: compiles the Triton kernels for every architecture, with no GPU.
+
+Each case runs an operator's launcher on fake CUDA tensors; what it would launch is compiled. The
+table shows registers and spilled bytes per thread and shared memory per block.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+SHARED_LIMIT = {"sm_80": 163 * 1024, "sm_90": 227 * 1024, "sm_100": 227 * 1024}  # bytes per block
+DTYPES = {"bf16": torch.bfloat16, "f16": torch.float16, "f32": torch.float32}
+
+
+@dataclass(frozen=True)
+class Row:
+    """One compiled kernel."""
+
+    case: str
+    arch: str
+    kernel: str
+    warps: int
+    stages: int
+    registers: int
+    spilled: int
+    shared: int
+
+
+def attention(dtype: str, head_dim: int, n_queries: int, q_block: int = 128, kv_block: int = 128,
+              edges: bool = False, value_dim: int = 0, heads: int = 8) -> None:  # fmt: skip
+    from sparse_attn.triton_kernels.block_sparse_attention import block_sparse_attention as run
+
+    n_keys = 8192
+    query = torch.empty(1, heads, n_queries, head_dim, dtype=DTYPES[dtype], device="cuda")
+    key = torch.empty(1, 2, n_keys, head_dim, dtype=DTYPES[dtype], device="cuda")
+    value = torch.empty(1, 2, n_keys, value_dim or head_dim, dtype=DTYPES[dtype], device="cuda")
+    rows, blocks = -(-n_queries // q_block), n_keys // kv_block
+    counts = torch.empty(1, 2, rows, dtype=torch.int32, device="cuda")
+    indices = torch.empty(1, 2, rows, blocks, dtype=torch.int32, device="cuda")
+    run(query, key, value, indices, counts, q_block, kv_block, True, *(64, 64) if edges else (0, 0))
+
+
+def merge(dtype: str, head_dim: int) -> None:
+    from sparse_attn.triton_kernels.merge_attention_states import merge_attention_states as run
+
+    out = torch.empty(1, 8, 4096, head_dim, dtype=DTYPES[dtype], device="cuda")
+    lse = torch.empty(1, 8, 4096, device="cuda")
+    run(out, lse, out, lse)
+
+
+def cases(quick: bool) -> dict[str, tuple[Any, ...]]:
+    """Name -> (function, its arguments): every row of the configuration table, every code path."""
+    found: dict[str, tuple[Any, ...]] = {"merge bf16 128": (merge, "bf16", 128)}
+    for dtype in ("bf16", "f32") if quick else DTYPES:
+        for d in (128,) if quick else (64, 128, 256):
+            found[f"prefill {dtype} {d}"] = (attention, dtype, d, 4096)
+            found[f"decode {dtype} {d}"] = (attention, dtype, d, 1, 1, 16, True)
+    if not quick:
+        for d in (64, 128, 256):
+            found[f"sink+window bf16 {d}"] = (attention, "bf16", d, 4096, 128, 128, True)
+            found[f"blocks of 64 bf16 {d}"] = (attention, "bf16", d, 4096, 64, 64)
+        found["blocks of 16 bf16 128"] = (attention, "bf16", 128, 4096, 16, 16)
+        found["gathered tokens bf16 128"] = (attention, "bf16", 128, 4096, 128, 1, True)
+        found["prefill bf16 96"] = (attention, "bf16", 96, 4096)
+        found["prefill bf16 192, values 128"] = (attention, "bf16", 192, 4096, 128, 128, False, 128)
+    return found
+
+
+def compile_one(kernel: Any, args: tuple[Any, ...], options: dict[str, Any], arch: str) -> Any:
+    """Compiles a kernel for the arguments of a launch, specialised as the launch would be."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    named = dict(zip(kernel.arg_names, args, strict=False))
+    flags = {k: options[k] for k in options if k in ("num_warps", "num_stages")}
+    named |= {k: v for k, v in options.items() if k not in flags}
+    signature, constants, aligned = {}, {}, {}
+    for i, parameter in enumerate(kernel.params):
+        x = named[parameter.name]
+        fixed = parameter.is_constexpr or (x == 1 and not parameter.do_not_specialize
+                                           if isinstance(x, int) else False)  # fmt: skip
+        if fixed:
+            signature[parameter.name], constants[parameter.name] = "constexpr", x
+        elif isinstance(x, torch.Tensor):
+            signature[parameter.name] = "*" + NAMES[x.dtype]
+            aligned[(i,)] = [["tt.divisibility", 16]]
+        else:
+            signature[parameter.name] = "fp32" if isinstance(x, float) else "i32"
+            if isinstance(x, int) and x % 16 == 0 and not parameter.do_not_specialize:
+                aligned[(i,)] = [["tt.divisibility", 16]]
+    source = ASTSource(kernel, signature, constants, aligned)
+    target = GPUTarget("cuda", int(arch.removeprefix("sm_")), 32)
+    return triton.compile(source, target=target, options=flags)
+
+
+NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32",
+         torch.int32: "i32", torch.int8: "i8"}  # fmt: skip
+
+
+def usage(compiled: Any) -> dict[str, int]:
+    """Registers and stack of a cubin; without local arrays the stack holds spills only."""
+    import triton
+
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    path = Path(os.environ.get("TMPDIR", "/tmp")) / f"sparse_attn_{os.getpid()}.cubin"
+    path.write_bytes(compiled.asm["cubin"])
+    text = subprocess.run(
+        [tool, "-res-usage", path], capture_output=True, text=True, check=True
+    ).stdout
+    path.unlink()
+    registers, stack = re.search(r"REG:(\d+) STACK:(\d+)", text).groups()
+    return {"registers": int(registers), "spilled": int(stack)}
+
+
+def compile_case(name: str, arch: str, quick: bool) -> list[Row]:
+    """Everything one case would launch."""
+    from sparse_attn.triton_kernels import launch
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    rows = []
+
+    def record(kernel: Any, programs: int, *args: Any, **options: Any) -> None:
+        compiled = compile_one(kernel, args, options, arch)
+        m = compiled.metadata
+        rows.append(Row(name, arch, kernel.__name__.removesuffix("_kernel"), m.num_warps,
+                        m.num_stages, shared=m.shared, **usage(compiled)))  # fmt: skip
+
+    launch.run, launch.properties = record, lambda index: (arch, 132)
+    function, *args = cases(quick)[name]
+    with FakeTensorMode():
+        function(*args)
+    return rows
+
+
+def table(quick: bool, processes: int) -> list[Row]:
+    jobs = [(name, arch, quick) for name in cases(quick) for arch in SHARED_LIMIT]
+    with ProcessPoolExecutor(processes) as pool:
+        return [row for rows in pool.map(compile_case, *zip(*jobs, strict=True)) for row in rows]
+
+
+def main(arguments: list[str]) -> None:
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        raise SystemExit("TRITON_INTERPRET=1: the interpreter compiles nothing, unset it")
+    rows = table("--quick" in arguments, os.cpu_count() or 1)
+    if "--json" in arguments:
+        print(json.dumps([asdict(row) for row in rows]))
+        return
+    print("| case | kernel | " + " | ".join(SHARED_LIMIT) + " |\n|---|---|" + "---|" * 3)
+    groups: dict[tuple[str, str], dict[str, Row]] = {}
+    for row in rows:
+        groups.setdefault((row.case, row.kernel), {})[row.arch] = row
+    for (case, kernel), found in groups.items():
+        cells = [f"{r.registers} / {r.spilled} / {r.shared / 1024:.0f} KiB" for r in found.values()]
+        print(f"| {case} | `{kernel}` | " + " | ".join(cells) + " |")

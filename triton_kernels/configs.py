@@ -1,0 +1,94 @@
+"""Tile sizes per architecture, fixed: the first call compiles one kernel and tries no others."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import torch
+
+# widest head dimension, padded to a power of two:
+#   (query rows, keys, warps, stages) of a prefill tile, (keys, warps, stages) of a decode tile
+_HALF_SM80 = {
+    64: ((128, 64, 4, 3), (64, 4, 4)),
+    128: ((128, 64, 8, 3), (64, 4, 3)),
+    256: ((64, 32, 4, 2), (32, 4, 2)),
+}
+_HALF_SM90 = {
+    64: ((128, 128, 8, 3), (128, 4, 4)),
+    128: ((128, 128, 8, 2), (64, 4, 4)),
+    256: ((128, 64, 8, 2), (64, 4, 2)),
+}
+_FLOAT = {
+    64: ((64, 32, 8, 2), (32, 4, 2)),
+    128: ((32, 32, 8, 2), (32, 4, 2)),
+    256: ((32, 16, 8, 2), (16, 4, 2)),
+}
+ATTENTION = {
+    "sm_80": {2: _HALF_SM80, 4: _FLOAT},
+    "sm_90": {2: _HALF_SM90, 4: _FLOAT},
+    "sm_100": {2: _HALF_SM90, 4: _FLOAT},
+}
+ARCHITECTURES = tuple(ATTENTION)
+
+
+def nearest(arch: str) -> str:
+    """The newest listed architecture that is not newer; consumer parts have sm_80's memory."""
+    return arch if arch in ATTENTION else "sm_80"
+
+
+def padded(x: int, least: int = 16) -> int:
+    """The next power of two, no less than a matrix instruction takes."""
+    return max(least, 1 << (x - 1).bit_length())
+
+
+def query_rows(n_queries: int, q_block: int) -> int:
+    """Queries per block; a single block has no more than there are, within a power of two."""
+    return q_block if n_queries > q_block else min(q_block, padded(n_queries, 1))
+
+
+@dataclass(frozen=True)
+class AttentionTile:
+    """Compile-time arguments of the kernel, and how many tiles a block of queries needs."""
+
+    per_block: int
+    options: dict[str, Any]
+
+
+@cache
+def attention_tile(
+    arch: str,
+    dtype: torch.dtype,
+    head_dim: int,
+    value_dim: int,
+    group: int,
+    list_heads: int,
+    q_block: int,
+    kv_block: int,
+) -> AttentionTile:
+    """The tile of `block_sparse_attention`.
+
+    `group` query heads share a KV head, `list_heads` a list of blocks.
+    """
+    block_d, block_dv = padded(head_dim), padded(value_dim)
+    prefill, decode = ATTENTION[nearest(arch)][dtype.itemsize][max(64, block_d, block_dv)]
+    queries = min(q_block, prefill[0])
+    heads = min(group, prefill[0] // queries) if list_heads >= group else 1
+    block_m = padded(heads * queries)
+    _, block_n, warps, stages = prefill
+    if block_m <= 32:
+        block_n, warps, stages = decode
+    elif block_m < prefill[0]:
+        warps = max(4, warps // 2)
+    if kv_block >= 64 and kv_block & (kv_block - 1) == 0:
+        block_n = min(block_n, kv_block)
+    return AttentionTile(
+        -(-q_block // queries) * -(-group // heads),
+        {
+            "G": group, "LIST_HEADS": list_heads, "HEADS": heads, "QUERIES": queries,
+            "Q_BLOCK": q_block, "KV_BLOCK": kv_block, "D": head_dim, "DV": value_dim,
+            "BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_D": block_d, "BLOCK_DV": block_dv,
+            "GATHER": kv_block % block_n != 0, "num_warps": warps, "num_stages": stages,
+        },
+    )  # fmt: skip
