@@ -12,29 +12,12 @@ from tests.cases import Shape, index, inputs
 SHAPE = Shape(Tq=64, Tk=64, q_block=32, kv_block=32, share=1.0)
 
 
-def python(code, **env):
+def python(code):
     result = subprocess.run(
         [sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True
     )
     assert result.returncode == 0, result.stderr
     return result.stdout
-
-
-def test_import_is_light():
-    """No more than 50 ms beyond torch, and none of the optional packages."""
-    out = python(
-        """
-        import sys, time
-        import torch
-        start = time.perf_counter()
-        import sparse_attn
-        print((time.perf_counter() - start) * 1e3)
-        heavy = {"triton", "matplotlib", "transformers", "numpy.testing"} & set(sys.modules)
-        assert not heavy - set(sys.modules.get("_before", [])), heavy
-        """
-    )
-    # the bound itself is checked with room for a busy machine; bench prints the time
-    assert float(out) < 250
 
 
 def test_import_brings_in_nothing_optional():

@@ -8,7 +8,17 @@ from hypothesis import strategies as st
 
 from sparse_attn.block_index import BlockIndex
 from sparse_attn.ops.block_sparse_attention import op
-from tests.cases import DTYPES, RUNS, TRITON, Shape, assert_as_accurate, call, index, inputs
+from tests.cases import (
+    DTYPES,
+    FLOOR,
+    RUNS,
+    TRITON,
+    Shape,
+    assert_as_accurate,
+    call,
+    index,
+    inputs,
+)
 
 
 def check(run, shape, dtype, causal=True, sink=0, window=0, scale=None, spread=1.0, listed=None):
@@ -23,13 +33,11 @@ def check(run, shape, dtype, causal=True, sink=0, window=0, scale=None, spread=1
     seen = exact_lse.isfinite()
     assert torch.equal(lse.isfinite(), seen) and (lse[~seen] == -torch.inf).all()
     assert (out[~seen] == 0).all()
-    assert_as_accurate(out, exact, dense, dtype)
-    # lse is float32 whatever the inputs are, but its scores come from products in `dtype`
-    assert_as_accurate(lse[seen], exact_lse[seen], dense_lse[seen], torch.float32) if (
-        seen.any() and dtype == torch.float32
-    ) else None
+    assert_as_accurate(out, exact, dense, FLOOR[dtype])
     if seen.any():
-        assert (lse[seen] - exact_lse[seen]).abs().max() <= 2e-3 + 1e-6 * lse[seen].abs().max()
+        # kernels for 16-bit inputs exponentiate to a relative 2.6e-6, which shows in lse alone
+        floor = 5e-7 if dtype == torch.float32 else 1e-5
+        assert_as_accurate(lse[seen], exact_lse[seen], dense_lse[seen], floor)
 
 
 def dense_in_dtype(query, key, value, listed, causal, sink, window, scale):

@@ -1,0 +1,54 @@
+"""From which length on each method beats own dense attention: the entries of crossover.py."""
+
+from __future__ import annotations
+
+import torch
+
+from sparse_attn import attention
+from sparse_attn.crossover import MIN_KEYS, MIN_QUERIES
+from sparse_attn.methods import METHODS
+
+from ..harness import Report, time_in_turn
+from ..inputs import gen
+
+KEYS = (1024, 2048, 4096, 8192, 16384)
+QUERIES = (128, 512, 1024, 4096)
+
+
+def run(report: Report) -> None:
+    methods = [name for name, _ in MIN_KEYS]
+    for kind in ("sharp", "mixed"):
+        q, k, v = gen(7, KEYS[-1], kind, Hq=8, Hkv=2, D=64)
+        tensors = [torch.from_numpy(x).transpose(1, 2).bfloat16() for x in (q, k, v)]
+        for name in methods:
+            for n in KEYS:
+                goal = f">= 1 at {MIN_KEYS[name, 'cpp']}+" if kind == "sharp" else ""
+                query, key, value = (x[:, :, :n] for x in tensors)
+                measure(report, f"{name}, {kind}, {n} keys", name, query, key, value, goal)
+            for n in QUERIES:
+                goal = f">= 1 at {MIN_QUERIES}+" if kind == "sharp" else ""
+                query = tensors[0][:, :, -n:]
+                what = f"{name}, {kind}, last {n} queries of {KEYS[-1]} keys"
+                measure(report, what, name, query, *tensors[1:], goal)
+
+
+def measure(
+    report: Report,
+    what: str,
+    name: str,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    goal: str,
+) -> None:
+    """Adds dense time / method time for one size; defaults of the method, in tokens of the call."""
+    config = METHODS[name]()
+    _, stats = attention(query, key, value, config, fallback=False, return_stats=True)
+    seconds = time_in_turn(
+        {
+            "dense": lambda: attention(query, key, value, "dense"),
+            "method": lambda: attention(query, key, value, config, fallback=False),
+        },
+        5,
+    )
+    report.add(what, seconds["dense"] / seconds["method"], goal, density=stats.density)
