@@ -175,6 +175,7 @@ def test_rows_see_only_their_keys(backend):
     assert torch.equal(before, call(op, backend, query, key, value, *listed)[0][:, :, :40])
 
 
+@pytest.mark.triton
 @pytest.mark.parametrize("heads", [1, 2, 4], ids=lambda h: f"Hi={h}")
 @pytest.mark.parametrize("q_block, kv_block", [(1, 4), (16, 16), (64, 128), (128, 64), (128, 128)])
 def test_sink_and_window_beside_long_lists(q_block, kv_block, heads):
@@ -186,6 +187,7 @@ def test_sink_and_window_beside_long_lists(q_block, kv_block, heads):
         check(TRITON, shape, torch.float16, sink=sink, window=window, listed=listed)
 
 
+@pytest.mark.triton
 def test_a_list_out_of_order_stays_inside_the_keys():
     """Undefined values, but no read outside: the interpreter would crash, and so would a GPU."""
     shape = Shape(Tq=130, Tk=200, Hi=1, q_block=64, kv_block=64)
