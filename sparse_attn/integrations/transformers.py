@@ -11,6 +11,15 @@ from transformers.masking_utils import sdpa_mask
 
 from .. import api
 
+ROWS = 128  # of a mask, read at once: a whole comparison would take several times its memory
+REFUSED = {
+    "softcap": "soft-capped scores; use 'eager'",
+    "dropout": "dropout, it is for inference; call model.eval()",
+    "position_bias": "a bias on the scores; use 'sdpa'",
+    "s_aux": "learned sinks; use 'eager'",
+    "cache": "attention over a paged cache; use 'sdpa'",
+}
+
 
 class Span(NamedTuple):
     """The part of a padded sequence that is real: which queries, which keys."""
@@ -41,20 +50,24 @@ def register_function(attend: Callable[..., torch.Tensor], name: str) -> None:
         attention_mask: torch.Tensor | None,
         scaling: float | None = None,
         dropout: float = 0.0,
-        softcap: float | None = None,
         is_causal: bool | None = None,
         **kwargs: Any,
     ) -> tuple[torch.Tensor, None]:
-        if softcap is not None:
-            raise NotImplementedError(f"softcap: got {softcap}; use 'eager' for such layers")
-        if dropout:
-            raise NotImplementedError(f"dropout: got {dropout}; sparse_attn is for inference")
+        refuse(dropout=dropout or None, **kwargs)
         causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+        n_queries = query.shape[2]
         if attention_mask is None:
+            # no mask for several queries and more keys: a preallocated cache, empty until now
+            if causal and n_queries > 1:
+                key, value = key[:, :, :n_queries], value[:, :, :n_queries]
             out = attend(query, key, value, causal=causal, scale=scaling)
+        elif not causal:
+            raise NotImplementedError("attention_mask: served for causal attention; use 'sdpa'")
         else:
             out = query.new_zeros((*query.shape[:3], value.shape[3]))
             for b, (queries, keys) in enumerate(spans(attention_mask, query, key)):
+                if queries.start == queries.stop:
+                    continue
                 part = query[b : b + 1, :, queries]
                 pair = (x[b : b + 1, :, keys] for x in (key, value))
                 out[b : b + 1, :, queries] = attend(part, *pair, causal=True, scale=scaling)
@@ -65,32 +78,48 @@ def register_function(attend: Callable[..., torch.Tensor], name: str) -> None:
     AttentionMaskInterface.register(name, sdpa_mask)
 
 
+def refuse(**options: Any) -> None:
+    """Raises for what changes the result of attention and is not computed here."""
+    for name, what in REFUSED.items():
+        if options.get(name) is not None:
+            raise NotImplementedError(f"{name}: sparse_attn does not compute {what}")
+
+
 def spans(mask: torch.Tensor, query: torch.Tensor, key: torch.Tensor) -> list[Span]:
     """Finds the real part of each sequence of a causal mask [B, 1, Tq, Tk] with padding.
 
-    Raises NotImplementedError for any other mask: a sliding window, packed sequences.
+    Raises NotImplementedError for any other mask: a sliding window, packed sequences, one per head.
     """
-    n_queries, n_keys = query.shape[2], key.shape[2]
     seen = mask if mask.dtype == torch.bool else mask == 0
-    seen = seen[..., :n_keys].expand(query.shape[0], -1, -1, -1)
-    j = torch.arange(n_keys, device=mask.device)
-    i = torch.arange(n_queries, device=mask.device)[:, None]
-    found = []
-    for b in range(query.shape[0]):
-        valid = seen[b, 0].any(0).nonzero().flatten()
-        if len(valid) == 0:
-            raise NotImplementedError("attention_mask: a sequence has no visible key")
+    if mask.ndim != 4 or mask.shape[1] != 1:
+        raise NotImplementedError(
+            f"attention_mask: got shape {tuple(mask.shape)}, expected [B, 1, Tq, Tk]: "
+            "sparse_attn takes no mask per head; use 'sdpa'"
+        )
+    seen = seen[:, 0, :, : key.shape[2]].expand(query.shape[0], query.shape[2], -1)
+    return [span(rows) for rows in seen]
+
+
+def span(seen: torch.Tensor) -> Span:
+    """Finds the real part of one sequence from what each query sees, bool [Tq, Tk]."""
+    n_queries, n_keys = seen.shape
+    start = end = first = 0
+    valid = seen[-1].nonzero().flatten()
+    if len(valid) > 0:  # otherwise a chunk of padding
         start, end = int(valid[0]), int(valid[-1]) + 1
-        # a padded cache ends at n_keys, a preallocated one at the last key written
-        for first in (n_keys - n_queries, end - n_queries):
-            expected = (j >= start) & (j < end) & (j <= first + i)
-            if torch.equal(expected, seen[b, 0]):
-                low, high = max(0, start - first), min(n_queries, end - first)
-                found.append(Span(slice(low, high), slice(start, end)))
-                break
-        else:
-            raise NotImplementedError(
-                "attention_mask: sparse_attn serves causal attention with left or right padding; "
-                "this mask is another (sliding window, packed sequences, ...): use 'sdpa'"
-            )
-    return found
+        # the earliest position at which query 0 can stand, from the first query that sees a key
+        row = int(seen[:, start].nonzero()[0])
+        first = start + int(seen[row].sum()) - 1 - row
+    j = torch.arange(n_keys, device=seen.device)
+    real = (j >= start) & (j < end)
+    # queries after the last key are padding only if there are masked keys at their places
+    legal = first + n_queries <= n_keys
+    for i, rows in enumerate(seen.split(ROWS)):
+        stand = first + i * ROWS + torch.arange(len(rows), device=seen.device)
+        legal = legal and torch.equal(rows, real & (j <= stand[:, None]))
+    if not legal:
+        raise NotImplementedError(
+            "attention_mask: sparse_attn serves causal attention with left or right padding; "
+            "this mask is another (sliding window, packed sequences, ...): use 'sdpa'"
+        )
+    return Span(slice(max(0, start - first), min(n_queries, end - first)), slice(start, end))
