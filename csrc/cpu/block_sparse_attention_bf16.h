@@ -29,6 +29,7 @@ class Tile {
         factor_(std::fabs(p.scale) * 1.44269504088896341f) {
     Scratch::layout(p, static_cast<char*>(scratch), &s_);
     blocks_ = static_cast<int>((tile.rows() + kLanes - 1) / kLanes);
+    name_rows();
     pack_queries();
     start_rows();
   }
@@ -68,7 +69,7 @@ class Tile {
         partial[r * (p_.Dv + 2) + p_.Dv] = none ? kNoKey : natural;
         partial[r * (p_.Dv + 2) + p_.Dv + 1] = s_.sum[r];
       } else {
-        p_.lse[(tile_.batch * p_.Hq + head_of(r)) * p_.Tq + query_of(r)] =
+        p_.lse[(tile_.batch * p_.Hq + head_[r]) * p_.Tq + query_[r]] =
             none ? -INFINITY : natural + std::log(s_.sum[r]);
       }
     }
@@ -80,13 +81,23 @@ class Tile {
     int group = 0, block = 0;  // group within the chunk
   };
 
-  int64_t head_of(int64_t r) const { return tile_.head + r / tile_.queries; }
-  int64_t query_of(int64_t r) const { return tile_.query + r % tile_.queries; }
+  // a table, since rows are asked for so often that dividing each time would show
+  void name_rows() {
+    int64_t head = tile_.head, query = tile_.query;
+    for (int64_t r = 0; r < tile_.rows(); ++r) {
+      head_[r] = head;
+      query_[r] = query;
+      if (++query == tile_.query + tile_.queries) {
+        query = tile_.query;
+        ++head;
+      }
+    }
+  }
 
   void pack_queries() {
     pack_lanes(
         [&](int64_t r) {
-          return r < tile_.rows() ? row(p_.query, p_.query_stride, tile_.batch, head_of(r), query_of(r))
+          return r < tile_.rows() ? row(p_.query, p_.query_stride, tile_.batch, head_[r], query_[r])
                                   : nullptr;
         },
         blocks_ * kLanes, p_.D, p_.scale < 0, s_.q);
@@ -102,7 +113,7 @@ class Tile {
         s_.sum[r] = 0;
         // empty lanes repeat the last row, so that they never force a mask
         const int64_t real = lesser(static_cast<int64_t>(r), tile_.rows() - 1);
-        s_.position[r] = static_cast<int32_t>(p_.Tk - p_.Tq + query_of(real));
+        s_.position[r] = static_cast<int32_t>(p_.Tk - p_.Tq + query_[real]);
         lowest_[block] = lesser(lowest_[block], s_.position[r]);
         highest_[block] = greater(highest_[block], s_.position[r]);
       }
@@ -317,6 +328,8 @@ class Tile {
           _mm512_set1_ps(1.0f), grown[v],
           exp2_bf16(_mm512_max_ps(difference, _mm512_set1_ps(-1000.0f))));
       _mm512_store_ps(sum, _mm512_mul_ps(_mm512_load_ps(sum), shrink));
+      // at the first keys there is nothing to rescale yet
+      if (_mm512_cmp_ps_mask(_mm512_load_ps(sum), _mm512_setzero_ps(), _CMP_NEQ_UQ) == 0) continue;
       float* out = s_.out + u.block * padded_dv(p_) * kLanes + v * 16;
       for (int64_t d = 0; d < padded_dv(p_); ++d)
         _mm512_store_ps(out + d * kLanes, _mm512_mul_ps(_mm512_load_ps(out + d * kLanes), shrink));
@@ -360,7 +373,7 @@ class Tile {
         _mm512_mask_storeu_ps(partial + n * (p_.Dv + 2) + d, mask, x);
       } else {
         auto* to = static_cast<uint16_t*>(p_.out) + tile_.batch * p_.out_stride[0] +
-                   head_of(n) * p_.out_stride[1] + query_of(n) * p_.out_stride[2];
+                   head_[n] * p_.out_stride[1] + query_[n] * p_.out_stride[2];
         _mm256_mask_storeu_epi16(to + d, mask, (__m256i)_mm512_cvtneps_pbh(x));
       }
     }
@@ -376,6 +389,7 @@ class Tile {
   const KeyGroup* groups_ = nullptr;
   int64_t n_groups_ = 0, prepared_ = 0;
   Operand operands_[2][kChunk];
+  int64_t head_[kMaxRows], query_[kMaxRows];
   int waiting_[kBlocks] = {};  // groups of the current chunk whose P is not yet queued
   int waiting_group_[kBlocks][kChunk];
   int32_t lowest_[kBlocks], highest_[kBlocks];  // positions of a block's queries
