@@ -30,20 +30,24 @@ def plot_index(
     axes = figure.subplots(rows, columns, squeeze=False).flat
     colours = ListedColormap(["white", "#dbe4ee", "#17508f"])
     offset = n_keys - n_queries
+    rows_end = offset + mask.shape[1] * index.q_block
+    columns_end = mask.shape[2] * index.kv_block
     for head, axis in enumerate(axes):
         if head >= heads:
             axis.set_axis_off()
             continue
         listed = mask[head] & visible
         axis.imshow(
-            visible.int() + listed.int(),
+            (visible.int() + listed.int()).numpy(),
             cmap=colours,
             vmin=0,
             vmax=2,
             interpolation="nearest",
             aspect="auto",
-            extent=(0, n_keys, n_keys, offset),
+            extent=(0, columns_end, rows_end, offset),
         )
+        # the last blocks may reach beyond the tokens
+        axis.set(xlim=(0, n_keys), ylim=(n_keys, offset))
         share = listed.sum().item() / max(1, visible.sum().item())
         axis.set_title(f"head {head}: {share:.0%} of blocks", fontsize=10)
         axis.set_xlabel("key position (tokens)", fontsize=8)

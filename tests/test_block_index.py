@@ -85,3 +85,10 @@ def test_plot():
     figure = index(Shape(Tq=300, Tk=300, q_block=32, kv_block=32)).plot(300, 300)
     titles = [axis.get_title() for axis in figure.axes]
     assert len(titles) == 2 and all("of blocks" in t for t in titles)
+
+
+def test_plot_shows_positions():
+    """A last block that reaches beyond the tokens is cut, not stretched."""
+    axis = index(Shape(Tq=70, Tk=300, q_block=64, kv_block=128)).plot(70, 300).axes[0]
+    assert axis.images[0].get_extent() == [0, 3 * 128, 230 + 2 * 64, 230]
+    assert axis.get_xlim() == (0, 300) and axis.get_ylim() == (300, 230)

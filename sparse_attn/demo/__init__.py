@@ -9,10 +9,10 @@ MODEL = Path(__file__).parents[2] / "demo" / "model"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--method", nargs="*", help="methods to show (default: all)")
+    parser.add_argument("--method", nargs="+", help="methods to show (default: all)")
     parser.add_argument("--text", type=Path, help="a text file (default: Python's own sources)")
     parser.add_argument("--out", type=Path, default=Path("demo_out"), help="folder for the picture")
-    parser.add_argument("--lengths", type=int, nargs="*", default=[4096, 8192, 16384, 32768])
+    parser.add_argument("--lengths", type=int, nargs="+", default=[4096, 8192, 16384, 32768])
     parser.add_argument("--model", type=Path, default=MODEL, help="folder of a byte-level Llama")
     parser.add_argument("--repeats", type=int, default=3)
 
@@ -23,6 +23,8 @@ def run(args: argparse.Namespace) -> None:
             f"no model in {args.model}: the demonstration model is in the git checkout under "
             "demo/model; give its folder with --model"
         )
+    if args.repeats < 1:
+        raise SystemExit(f"--repeats: got {args.repeats}, expected at least 1")
     try:
         from .measure import main
     except ImportError as error:

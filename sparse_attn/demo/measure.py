@@ -7,6 +7,7 @@ import math
 import statistics
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -93,18 +94,23 @@ def score(logits: torch.Tensor, given: Prompt) -> tuple[float, float]:
 
 
 def main(args: argparse.Namespace) -> None:
-    model = LlamaForCausalLM.from_pretrained(args.model, dtype=torch.bfloat16).eval()
     probes = register_all(args.method)
     text = corpus(args.text)
+    prompts = [prompt(text, length) for length in sorted(set(args.lengths))]
+    try:
+        args.out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise SystemExit(f"--out: {error}") from error
+    model = LlamaForCausalLM.from_pretrained(args.model, dtype=torch.bfloat16).eval()
     print(f"{api.info()}\n")
     rows: list[dict[str, Any]] = []
-    steps = len(args.lengths) * len(probes) * (args.repeats + 1)
+    steps = len(prompts) * len(probes) * (args.repeats + 1)
     with torch.inference_mode(), tqdm(total=steps, unit="run", leave=False) as bar:
-        for length in args.lengths:
-            bar.set_description(f"{length:,} bytes")
-            rows += measure_length(model, probes, prompt(text, length), args.repeats, bar)
+        for given in prompts:
+            bar.set_description(f"{given.ids.shape[1]:,} bytes")
+            rows += measure_length(model, probes, given, args.repeats, bar)
     print_table(rows, probes)
-    picture(probes, args)
+    picture(probes, args.out)
 
 
 def measure_length(
@@ -174,16 +180,26 @@ def print_table(rows: list[dict[str, Any]], probes: dict[str, Probe]) -> None:
     print(*sorted(notes), sep="\n")
 
 
-def picture(probes: dict[str, Probe], args: argparse.Namespace) -> None:
+def picture(probes: dict[str, Probe], out: Path) -> None:
     """Draws what each method chose in one layer at the longest prompt."""
-    args.out.mkdir(parents=True, exist_ok=True)
     for name, probe in probes.items():
         if probe.config is None or name == "dense":
             continue
-        query, key = probe.recorded[min(PICTURE_LAYER, len(probe.recorded) - 1)]
-        index = api.select(query, key, probe.config)
+        layer = min(PICTURE_LAYER, len(probe.recorded) - 1)
+        query, key = probe.recorded[layer]
+        try:
+            index = api.select(query, key, probe.config)
+        except NotImplementedError as error:  # a method without a list of blocks
+            print(f"no picture: {error}")
+            continue
         figure = index.plot(query.shape[2], key.shape[2])
-        figure.suptitle(f"{name}, layer {PICTURE_LAYER}: blocks computed at {key.shape[2]:,} bytes")
-        path = args.out / f"{name}.png"
+        title = (
+            f"{name}: blocks of {index.q_block} × {index.kv_block} tokens chosen in layer {layer} "
+            f"(of 0–{len(probe.recorded) - 1}), prompt of {key.shape[2]:,} bytes, a token each"
+        )
+        if probe.fallback:
+            title += f"\nnot used: {probe.fallback}"
+        figure.suptitle(title)
+        path = out / f"{name}.png"
         figure.savefig(path, dpi=110)
         print(f"blocks chosen by {name}: {path}")

@@ -11,6 +11,7 @@ from typing import NamedTuple
 import torch
 
 NEEDLES = 8
+SHORTEST = 512  # bytes of a prompt: the planted lines and the questions take 336
 
 
 class Prompt(NamedTuple):
@@ -24,7 +25,10 @@ class Prompt(NamedTuple):
 def corpus(path: Path | None) -> bytes:
     """The file, or the standard library's own sources, longest modules last."""
     if path is not None:
-        return path.read_bytes()
+        try:
+            return path.read_bytes()
+        except OSError as error:
+            raise SystemExit(f"--text: {error}") from error
     folder = Path(sysconfig.get_path("stdlib"))
     files = sorted(folder.glob("*.py"), key=lambda p: (p.stat().st_size, p.name))
     return b"\n\n".join(p.read_bytes() for p in files if p.stat().st_size > 4000)
@@ -32,6 +36,8 @@ def corpus(path: Path | None) -> bytes:
 
 def prompt(text: bytes, length: int) -> Prompt:
     """`length` bytes: text with NEEDLES lines `key_abcd = 12345`, then a question for each."""
+    if length < SHORTEST:
+        raise SystemExit(f"--lengths: got {length}, expected at least {SHORTEST}")
     rng = random.Random(length)
     names = ["key_" + "".join(rng.choices(string.ascii_lowercase, k=4)) for _ in range(NEEDLES)]
     values = [str(rng.randrange(10000, 100000)) for _ in range(NEEDLES)]
