@@ -53,6 +53,8 @@ class Op:
     _fake: Callable[..., Any] | None = None
     _validate: Callable[..., None] | None = None
     _signature: inspect.Signature | None = None
+    _defaults: tuple[Any, ...] = ()
+    _required: int = 0
     _autocast: int = 0  # how many leading tensor arguments autocast casts
 
     def __post_init__(self) -> None:
@@ -70,6 +72,8 @@ class Op:
         """Registers shapes and dtypes of the results, for every overload."""
         self._fake = fn
         self._signature = inspect.signature(fn)
+        self._defaults = tuple(p.default for p in self._signature.parameters.values())
+        self._required = sum(default is inspect.Parameter.empty for default in self._defaults)
         for overload in self.overloads:
             torch.library.register_fake(f"{NS}::{overload}", fn, lib=LIBRARY)
         LIBRARY.impl(self.name, self._run_default, "CompositeExplicitAutograd")
@@ -197,6 +201,8 @@ class Op:
     def bind(self, *args: Any, **kwargs: Any) -> tuple[Any, ...]:
         """All arguments of the schema, in order, defaults filled in."""
         assert self._signature is not None
+        if not kwargs and self._required <= len(args) <= len(self._defaults):
+            return (*args, *self._defaults[len(args) :])  # several times faster, and common
         bound = self._signature.bind(*args, **kwargs)
         bound.apply_defaults()
         return bound.args
