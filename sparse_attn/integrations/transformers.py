@@ -6,12 +6,14 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
+from torch.utils.weak import WeakTensorKeyDictionary
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import sdpa_mask
 
 from .. import api
 
 ROWS = 128  # of a mask, read at once: a whole comparison would take several times its memory
+KNOWN = WeakTensorKeyDictionary()  # masks in use and what was found in them: layers share a mask
 REFUSED = {
     "softcap": "soft-capped scores; use 'eager'",
     "dropout": "dropout, it is for inference; call model.eval()",
@@ -33,6 +35,9 @@ def register(method: Any = "flex_prefill", name: str = "sparse_attn", **options:
 
     `method` and `options` (backend, fallback) go to `attention`. Decoding steps and prompts below
     the method's crossover take its dense path. Register several names for several methods.
+
+    Served is causal attention with left or right padding, whole or in chunks, with dynamic or
+    static caches; any other mask, a soft cap, sinks, dropout and paged caches raise.
     """
     register_function(
         lambda *args, **kwargs: api.attention(*args, method, **options, **kwargs), name
@@ -90,14 +95,19 @@ def spans(mask: torch.Tensor, query: torch.Tensor, key: torch.Tensor) -> list[Sp
 
     Raises NotImplementedError for any other mask: a sliding window, packed sequences, one per head.
     """
-    seen = mask if mask.dtype == torch.bool else mask == 0
     if mask.ndim != 4 or mask.shape[1] != 1:
         raise NotImplementedError(
             f"attention_mask: got shape {tuple(mask.shape)}, expected [B, 1, Tq, Tk]: "
             "sparse_attn takes no mask per head; use 'sdpa'"
         )
-    seen = seen[:, 0, :, : key.shape[2]].expand(query.shape[0], query.shape[2], -1)
-    return [span(rows) for rows in seen]
+    version = None if mask.is_inference() else mask._version
+    state = (version, query.shape[0], query.shape[2], key.shape[2])
+    known = KNOWN.get(mask)
+    if known is None or known[0] != state:
+        seen = mask if mask.dtype == torch.bool else mask == 0
+        seen = seen[:, 0, :, : key.shape[2]].expand(query.shape[0], query.shape[2], -1)
+        known = KNOWN[mask] = (state, [span(rows) for rows in seen])
+    return known[1]
 
 
 def span(seen: torch.Tensor) -> Span:

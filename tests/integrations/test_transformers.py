@@ -197,6 +197,29 @@ def test_every_row_of_a_long_mask_is_read():
             integration.span(other)
 
 
+def test_layers_share_what_was_found_in_a_mask(model, name, ids, monkeypatch):
+    calls, span = [], integration.span
+
+    def spy(seen):
+        calls.append(span(seen))
+        return calls[-1]
+
+    monkeypatch.setattr(integration, "span", spy)
+    logits(model, name, ids, attention_mask=padding("left"))
+    assert [c.keys for c in calls] == [slice(TOKENS - n, TOKENS) for n in LENGTHS]
+    assert len(integration.KNOWN) == 0  # forgotten with the mask
+
+
+def test_a_mask_changed_in_place_is_read_again():
+    mask = torch.ones(8, 8, dtype=torch.bool).tril()[None, None]
+    x = torch.empty(1, 1, 8, 4)
+    assert integration.spans(mask, x, x)[0].keys == slice(0, 8)
+    mask[..., :3] = False
+    assert integration.spans(mask, x, x)[0].keys == slice(3, 8)
+    with torch.inference_mode():
+        assert integration.spans(mask.clone(), x, x)[0].keys == slice(3, 8)
+
+
 def test_packed_sequences_are_refused(model, name, ids):
     positions = torch.cat([torch.arange(25), torch.arange(TOKENS - 25)])[None]
     with pytest.raises(NotImplementedError, match="packed sequences"):
