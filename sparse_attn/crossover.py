@@ -9,9 +9,9 @@ import torch
 
 # (method, backend) -> fewest keys at which the method wins, for at least as many queries
 MIN_KEYS = {
-    ("flex_prefill", "cpp"): 4096,
+    ("flex_prefill", "cpp"): 8192,
 }
-MIN_QUERIES = 1024  # below this, choosing costs more than attending
+MIN_QUERIES = 2048  # below this, choosing costs more than attending
 
 
 def dense_is_faster(
