@@ -22,9 +22,10 @@ def tensor(name: str, x: Any, shape: tuple[str, ...], dtypes: tuple[torch.dtype,
     if x.dtype not in dtypes:
         accepted = ", ".join(str(d).removeprefix("torch.") for d in dtypes)
         raise TypeError(f"{name}: expected dtype {accepted}, got {x.dtype}")
-    for dim, label in enumerate(shape):
-        if label != "K" and x.shape[dim] == 0:
-            raise ValueError(f"{name}: dimension {label} is empty in shape {tuple(x.shape)}")
+    if 0 in x.shape:
+        for dim, label in enumerate(shape):
+            if label != "K" and x.shape[dim] == 0:
+                raise ValueError(f"{name}: dimension {label} is empty in shape {tuple(x.shape)}")
 
 
 def same(name: str, what: str, got: Any, expected: Any, of: str) -> None:
