@@ -1,0 +1,61 @@
+// The host's side of a launch: arguments from Python, kernels by name.
+#pragma once
+#include <map>
+#include <stdexcept>
+
+#include "executor.h"
+
+namespace simt {
+
+struct Tensor {
+  char* data = nullptr;
+  std::vector<int64_t> sizes, strides;  // in elements
+  int64_t element_bytes = 0;
+  bool writable = false;
+
+  // from the first to the last element, whatever lies between them
+  size_t bytes() const {
+    int64_t last = 0;
+    for (size_t i = 0; i < sizes.size(); ++i) {
+      if (sizes[i] == 0) return 0;
+      last += (sizes[i] - 1) * strides[i];
+    }
+    return static_cast<size_t>((last + 1) * element_bytes);
+  }
+};
+
+struct Arguments {
+  std::map<std::string, Tensor> tensors;
+  std::map<std::string, double> numbers;
+  uint64_t seed = 0;
+
+  const Tensor& tensor(const std::string& name) const { return tensors.at(name); }
+  double number(const std::string& name) const { return numbers.at(name); }
+  template <class T>
+  T* pointer(const std::string& name) const {
+    return reinterpret_cast<T*>(tensor(name).data);
+  }
+};
+
+// Runs `kKernel(parameters)`, which may touch the tensors of `arguments` and nothing else.
+template <auto kKernel, class P>
+void launch(const Arguments& arguments, Index3 grid, Index3 block, size_t shared_bytes,
+            const P& parameters) {
+  Launch l{grid, block, shared_bytes, arguments.seed, {}};
+  for (const auto& [name, t] : arguments.tensors)
+    l.memory.push_back({name, t.data, t.bytes(), t.writable});
+  auto* place = const_cast<char*>(reinterpret_cast<const char*>(&parameters));
+  l.memory.push_back({"the parameters", place, sizeof(P), false});
+  run(l, [](const void* p) { kKernel(*static_cast<const P*>(p)); }, &parameters);
+}
+
+using Program = void (*)(const Arguments&);
+
+std::map<std::string, Program>& programs();
+
+// `static const simt::Register r("name", function);` makes a program callable from Python.
+struct Register {
+  Register(const char* name, Program program) { programs()[name] = program; }
+};
+
+}  // namespace simt
