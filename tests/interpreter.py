@@ -19,7 +19,7 @@ def to_bfloat16(x):
 def mend():
     import triton.language as tl
     from triton.runtime import interpreter
-    from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
+    from triton.runtime.interpreter import InterpretedFunction, InterpreterBuilder, TensorHandle
 
     cast, dot = InterpreterBuilder.cast_impl, InterpreterBuilder.create_dot
     patch_tensor = interpreter._patch_lang_tensor
@@ -45,7 +45,18 @@ def mend():
         # int() of an array of one element is gone from numpy 2.4
         scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
 
+    patched = set()
+
+    def call_function(self, *args, **kwargs):
+        # the launch has patched the language for our functions; its own need it once
+        module = self.fn.__module__
+        if module.startswith("triton.") and module not in patched:
+            interpreter._patch_lang(self.fn)
+            patched.add(module)
+        return self.rewrite()(*args, **kwargs)
+
     interpreter._patch_lang_tensor = patch_lang_tensor
+    InterpretedFunction.__call__ = call_function
     InterpreterBuilder.cast_impl = cast_impl
     InterpreterBuilder.create_dot = create_dot
     InterpreterBuilder.create_fp_to_fp = create_fp_to_fp

@@ -92,3 +92,14 @@ def attention_tile(
             "GATHER": kv_block % block_n != 0, "num_warps": warps, "num_stages": stages,
         },
     )  # fmt: skip
+
+
+def probe_tile(dtype: torch.dtype, head_dim: int, rows: int) -> dict[str, Any]:
+    """The tile of `flex_prefill_select`'s probe: no fewer keys than rows, for the diagonals."""
+    most, block_d = 64 if dtype.itemsize == 2 else 32, padded(head_dim)
+    block_r = min(most, padded(rows))
+    return {
+        "D": head_dim, "BLOCK_R": block_r, "BLOCK_N": most, "BLOCK_D": block_d,
+        "GROUPS": padded(rows) // block_r, "TILES": 2048 // most,
+        "num_warps": 4 if dtype.itemsize == 2 else 8, "num_stages": 2,
+    }  # fmt: skip

@@ -36,11 +36,17 @@ def _run(backend, query, key, value, *options):
     )  # fmt: skip
 
 
-def _selector_serves(query, key, value, *options):
-    return select.reasons((query, key, *options))["cpp"] or True
+def _selector_serves(backend):
+    """The composite serves what both parts serve; the attention has the wider range otherwise."""
+
+    def when(query, key, value, *options):
+        return select.reasons((query, key, *options))[backend] or True
+
+    return when
 
 
-op.composite("cpp", "cpu", _run, of=(select, attend), when=_selector_serves)
+op.composite("triton", "cuda", _run, of=(select, attend), when=_selector_serves("triton"))
+op.composite("cpp", "cpu", _run, of=(select, attend), when=_selector_serves("cpp"))
 op.composite("reference", "any", _run, of=(select, attend))
 op.autocast(3)
 op.no_grad("Detach the inputs, or train with dense attention.")

@@ -67,13 +67,20 @@ def _(query, key, gamma, tau, min_budget, max_budget, block_size, variant, causa
         raise ValueError(f"causal: {reason}")
 
 
-def _cpp_serves(query, key, gamma, tau, min_budget, max_budget, block_size, variant, *args):
+def _kernels_serve(query, key, gamma, tau, min_budget, max_budget, block_size, variant, *args):
     if variant == "official":
         return "the official variant is served by the reference"
     return check.not_float64(query)
 
 
-op.impl("cpp", device="cpu", when=_cpp_serves)
+def _triton_serves(query, *args):
+    if query.shape[3] > 256:
+        return f"head_dim {query.shape[3]}, served up to 256"
+    return _kernels_serve(query, *args)
+
+
+op.impl("triton", device="cuda", when=_triton_serves)
+op.impl("cpp", device="cpu", when=_kernels_serve)
 op.impl("reference", device="any")
 op.autocast(2)
 op.no_grad("A selection has no gradient: call it on detached tensors.")
