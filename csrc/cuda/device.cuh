@@ -1,0 +1,36 @@
+// What every kernel includes: CUDA's vocabulary, or its stand-ins where the host compiler runs the
+// kernels (tests/simt).
+#pragma once
+#ifdef SIMT_MODULE
+#include "simt/cuda.h"
+#else
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#define SA_SHARED_MEMORY(name) extern __shared__ __align__(128) unsigned char name[]
+#endif
+
+#include "../common/params.h"
+
+namespace sparse_attn {
+
+__device__ __forceinline__ float to_float(__half x) { return __half2float(x); }
+__device__ __forceinline__ float to_float(__nv_bfloat16 x) { return __bfloat162float(x); }
+__device__ __forceinline__ float to_float(float x) { return x; }
+
+template <class T>
+__device__ __forceinline__ T from_float(float x);
+template <>
+__device__ __forceinline__ __half from_float<__half>(float x) {
+  return __float2half_rn(x);
+}
+template <>
+__device__ __forceinline__ __nv_bfloat16 from_float<__nv_bfloat16>(float x) {
+  return __float2bfloat16_rn(x);
+}
+template <>
+__device__ __forceinline__ float from_float<float>(float x) {
+  return x;
+}
+
+}  // namespace sparse_attn
