@@ -66,6 +66,7 @@ def dense_in_dtype(query, key, value, listed, causal, sink, window, scale):
         Shape(Tq=200, Tk=333, Hq=4, Hkv=2, Hi=4, q_block=64, kv_block=64),
         Shape(Tq=300, Tk=300, Hi=1, q_block=128, kv_block=128, D=128, Dv=128, B=2),
         Shape(Tq=1, Tk=4500, Hq=8, Hkv=2, Hi=2, q_block=1, kv_block=16, share=0.3),
+        Shape(Tq=1, Tk=700, Hq=7, Hkv=1, Hi=1, q_block=1, kv_block=32, D=80, Dv=200, share=0.6),
         Shape(Tq=33, Tk=6000, Hq=2, Hkv=1, Hi=2, q_block=17, kv_block=1, share=0.05),
         Shape(Tq=50, Tk=31, D=40, Dv=24, Hi=1, q_block=16, kv_block=17),
         Shape(Tq=5, Tk=1, D=8, Dv=8, share=1.0),
