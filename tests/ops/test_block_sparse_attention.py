@@ -129,6 +129,26 @@ def test_extreme_logits(run, dtype):
 
 
 @pytest.mark.parametrize("run", RUNS, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("queries", [1, 40])
+def test_nan_and_infinity_show(run, dtype, queries):
+    """A row that sees a score of NaN or +infinity is NaN, as in dense attention, never 0."""
+    query, key, value = inputs(Shape(Tq=queries, Tk=70, Hi=1), dtype)
+    listed = BlockIndex.full(queries, 70, 64, 64)
+    for changed, entry, row in (
+        ("query", (0, 0, -1), (0, 0, -1)),
+        ("key", (0, 0, 0), (0, slice(None), slice(None))),
+    ):
+        for bad in (torch.nan, torch.inf):
+            q, k = query.clone(), key.clone()
+            x, other = (q, k) if changed == "query" else (k, q)
+            x[entry] = bad
+            other[:] = 1  # so that infinities do not cancel
+            out, lse = call(op, run, q, k, value, *listed)
+            assert out[row].isnan().all() and not lse[row].isfinite().any()
+
+
+@pytest.mark.parametrize("run", RUNS, ids=str)
 def test_strides_and_determinism(run):
     shape = Shape(B=2, Tq=90, Tk=128, Hq=4, Hkv=2, Hi=4, q_block=32, kv_block=32)
     query, key, value = inputs(shape, torch.bfloat16)
