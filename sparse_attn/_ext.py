@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from importlib import import_module
 from importlib.util import find_spec
+from typing import Any
 
 OLDEST_TORCH = (2, 11)
 
@@ -11,7 +12,7 @@ OLDEST_TORCH = (2, 11)
 def _load(module: str, name: str, built: str) -> str | None:
     """None when an extension's kernels are registered, otherwise why not and what would help.
 
-    `built` is the line of _build_info.py that says why it was not built.
+    `built` names the line of _build_info.py that says why it was not built.
     """
     import torch
 
@@ -21,14 +22,24 @@ def _load(module: str, name: str, built: str) -> str | None:
     try:
         import_module(f"sparse_attn.{module}")
     except ModuleNotFoundError:
-        try:
-            reason = getattr(import_module("sparse_attn._build_info"), built, None)
-        except ModuleNotFoundError:
-            reason = None
-        return f"{name} not built ({reason or 'run `pip install -e .` in the checkout'})"
+        reason = _build_info(built) or "run `pip install -e .` in the checkout"
+        return f"{name} not built ({reason})"
     except ImportError as error:
         return f"{name} does not load ({error}): reinstall against this torch"
     return None
+
+
+def _build_info(name: str) -> Any:
+    """What setup.py has noted under a name, None if it has not."""
+    try:
+        return getattr(import_module("sparse_attn._build_info"), name, None)
+    except ModuleNotFoundError:
+        return None
+
+
+def cuda_archs() -> str:
+    """The architectures that the CUDA extension has code for."""
+    return " ".join(f"sm_{arch}" for arch in _build_info("CUDA_ARCHS") or ())
 
 
 def _find_triton() -> str | None:
