@@ -42,38 +42,48 @@ struct AttentionConfig {
 // first_head + r / queries.
 struct RowTile {
   int64_t batch;
-  int kv_head, first_head, heads;
-  int query_block, first_query, queries, end_query;
   int64_t index;  // of the tile
   int split;      // which share of its keys
-
-  __device__ explicit RowTile(const BlockSparseAttentionCudaParams& p) {
-    const auto& c = p.call;
-    const int group = static_cast<int>(c.Hq / c.Hkv), blocks = static_cast<int>(c.Mq);
-    int64_t i = blockIdx.x;
-    split = static_cast<int>(i % p.splits);
-    index = i = i / p.splits;
-    const int head_tile = static_cast<int>(i % p.head_tiles);
-    i /= p.head_tiles;
-    // the last queries see most keys: first, so that the short rows fill the gaps at the end
-    const int query_tiles = blocks * p.query_tiles;
-    const int query_tile = query_tiles - 1 - static_cast<int>(i % query_tiles);
-    i /= query_tiles;
-    kv_head = static_cast<int>(i % c.Hkv);
-    batch = i / c.Hkv;
-    first_head = kv_head * group + head_tile * p.heads;
-    heads = min(p.heads, group - head_tile * p.heads);
-    queries = p.queries;
-    query_block = query_tile / p.query_tiles;
-    const int q_block = static_cast<int>(c.q_block);
-    first_query = query_block * q_block + query_tile % p.query_tiles * queries;
-    end_query = min(min(first_query + queries, (query_block + 1) * q_block), static_cast<int>(c.Tq));
-  }
+  int kv_head, first_head, heads;
+  int query_block, first_query, queries, end_query;
 
   __device__ int head_of(int row) const { return first_head + row / queries; }
   __device__ int query_of(int row) const { return first_query + row % queries; }
   __device__ bool has(int row) const { return row < heads * queries && query_of(row) < end_query; }
 };
+
+// In shared memory: what one thread has found for all, whose registers are for scores.
+template <class C>
+struct Work {
+  RowTile rows;
+  KeyQuestion keys;
+  KeyRuns<C::kKeys> runs;
+};
+
+__device__ __forceinline__ RowTile row_tile(const BlockSparseAttentionCudaParams& p) {
+  const auto& c = p.call;
+  const int group = static_cast<int>(c.Hq / c.Hkv), q_block = static_cast<int>(c.q_block);
+  RowTile rows;
+  int64_t i = blockIdx.x;
+  rows.split = static_cast<int>(i % p.splits);
+  rows.index = i = i / p.splits;
+  const int head_tile = static_cast<int>(i % p.head_tiles);
+  i /= p.head_tiles;
+  // the last queries see most keys: first, so that the short rows fill the gaps at the end
+  const int query_tiles = static_cast<int>(c.Mq) * p.query_tiles;
+  const int query_tile = query_tiles - 1 - static_cast<int>(i % query_tiles);
+  i /= query_tiles;
+  rows.kv_head = static_cast<int>(i % c.Hkv);
+  rows.batch = i / c.Hkv;
+  rows.first_head = rows.kv_head * group + head_tile * p.heads;
+  rows.heads = min(p.heads, group - head_tile * p.heads);
+  rows.queries = p.queries;
+  rows.query_block = query_tile / p.query_tiles;
+  rows.first_query = rows.query_block * q_block + query_tile % p.query_tiles * p.queries;
+  const int end_block = min((rows.query_block + 1) * q_block, static_cast<int>(c.Tq));
+  rows.end_query = min(rows.first_query + p.queries, end_block);
+  return rows;
+}
 
 __device__ __forceinline__ KeyQuestion key_question(const BlockSparseAttentionCudaParams& p,
                                                     const RowTile& rows) {
@@ -97,38 +107,54 @@ __device__ __forceinline__ KeyQuestion key_question(const BlockSparseAttentionCu
   return q;
 }
 
-// Zeros where there is no row, and beyond D. A negative scale changes the sign of the queries, so
-// that softmax deals with positive ones only.
-template <class C>
-__device__ __forceinline__ void load_query(typename C::Tile to,
-                                           const BlockSparseAttentionCudaParams& p,
-                                           const RowTile& rows) {
-  const auto& c = p.call;
-  const auto* query = static_cast<const typename C::T*>(c.query) + rows.batch * c.query_stride[0];
-  const uint32_t sign = c.scale < 0 ? 0x80008000u : 0;
+// Calls `f(row, chunk)` for the thread's share of the chunks of kRows rows.
+template <class C, int kRows, class F>
+__device__ __forceinline__ void each_chunk(F f) {
+  constexpr int kChunks = C::Tile::kChunks, kAtOnce = C::kThreads / kChunks;  // rows
+  const int chunk = threadIdx.x % kChunks, first_row = threadIdx.x / kChunks;
+  if (first_row >= kAtOnce) return;
 #pragma unroll
-  for (int i = 0; i < C::kRows * C::Tile::kChunks; i += C::kThreads) {
-    const int at = i + threadIdx.x, row = at / C::Tile::kChunks, chunk = at % C::Tile::kChunks;
-    if (row >= C::kRows) break;
-    uint4 x{};
-    if (rows.has(row) && chunk * 8 < c.D)
-      x = *reinterpret_cast<const uint4*>(query + rows.head_of(row) * c.query_stride[1] +
-                                          rows.query_of(row) * c.query_stride[2] + chunk * 8);
-    *reinterpret_cast<uint4*>(to.at(row, chunk)) = {x.x ^ sign, x.y ^ sign, x.z ^ sign, x.w ^ sign};
+  for (int i = 0; i < kRows; i += kAtOnce) {
+    if (kRows % kAtOnce != 0 && first_row + i >= kRows) break;
+    f(first_row + i, chunk);
   }
 }
 
-// Starts to copy a tile of keys or values, [Tk, dims]; zeros where there is no key.
+// Zeros where there is no row, and beyond D. A negative scale changes the sign of the queries, so
+// that softmax deals with positive ones only. `offsets` [kRows] is scratch memory.
+template <class C>
+__device__ __forceinline__ void load_query(typename C::Tile to, int64_t* offsets,
+                                           const BlockSparseAttentionCudaParams& p,
+                                           const RowTile& rows) {
+  const auto& c = p.call;
+  for (int row = threadIdx.x; row < C::kRows; row += C::kThreads)
+    offsets[row] = rows.has(row) ? rows.batch * c.query_stride[0] +
+                                       rows.head_of(row) * c.query_stride[1] +
+                                       rows.query_of(row) * c.query_stride[2]
+                                 : -1;
+  __syncthreads();
+  const auto* query = static_cast<const typename C::T*>(c.query);
+  const uint32_t sign = c.scale < 0 ? 0x80008000u : 0;
+  each_chunk<C, C::kRows>([&](int row, int chunk) {
+    const int64_t offset = offsets[row];
+    uint4 x{};
+    if (offset >= 0 && chunk * 8 < c.D)
+      x = *reinterpret_cast<const uint4*>(query + offset + chunk * 8);
+    *reinterpret_cast<uint4*>(to.at(row, chunk)) = {x.x ^ sign, x.y ^ sign, x.z ^ sign, x.w ^ sign};
+  });
+}
+
+// Starts to copy the keys or values of `tokens`, rows of `dims` elements; zeros where there is no
+// key, and beyond `dims`.
 template <class C>
 __device__ __forceinline__ void copy_rows(typename C::Tile to, const typename C::T* from,
-                                          int64_t stride, int dims, const int* tokens) {
-#pragma unroll
-  for (int i = 0; i < C::kKeys * C::Tile::kChunks; i += C::kThreads) {
-    const int at = i + threadIdx.x, row = at / C::Tile::kChunks, chunk = at % C::Tile::kChunks;
+                                          int32_t row_bytes, int dims, const int* tokens) {
+  const auto* bytes = reinterpret_cast<const unsigned char*>(from);
+  each_chunk<C, C::kKeys>([&](int row, int chunk) {
     const int token = tokens[row];
-    const bool valid = token >= 0 && chunk * 8 < dims;
-    cp_async_16(to.at(row, chunk), valid ? from + token * stride + chunk * 8 : from, valid);
-  }
+    cp_async_16(to.at(row, chunk), bytes + int64_t{max(token, 0)} * row_bytes + chunk * 16,
+                token >= 0 && chunk * 8 < dims);
+  });
 }
 
 // s = query key^T, of the warp's rows and keys.
@@ -137,8 +163,8 @@ __device__ __forceinline__ void multiply_query_key(typename C::Scores& s, typena
                                                    typename C::Tile key, int first_row,
                                                    int first_key) {
   const int lane = threadIdx.x % 32;
-  const int q_row = first_row + lane % 16, q_chunk = lane / 16;
-  const int k_row = first_key + lane / 16 * 8 + lane % 8, k_chunk = lane / 8 % 2;
+  const auto q = query.lane(first_row + lane % 16, lane / 16);
+  const auto k = key.lane(first_key + lane / 16 * 8 + lane % 8, lane / 8 % 2);
 #pragma unroll
   for (int m = 0; m < C::kRowTiles; ++m)
 #pragma unroll
@@ -146,15 +172,14 @@ __device__ __forceinline__ void multiply_query_key(typename C::Scores& s, typena
 #pragma unroll
       for (int i = 0; i < 4; ++i) s[m][n][i] = 0;
 #pragma unroll
-  for (int k = 0; k < C::kDimTiles / 2; ++k) {
+  for (int d = 0; d < C::kDimTiles; d += 2) {
     uint32_t a[C::kRowTiles][4];
 #pragma unroll
-    for (int m = 0; m < C::kRowTiles; ++m)
-      ldmatrix_x4(a[m], query.at(q_row + 16 * m, 2 * k + q_chunk));
+    for (int m = 0; m < C::kRowTiles; ++m) ldmatrix_x4(a[m], q.at(16 * m, d));
 #pragma unroll
     for (int n = 0; n < C::kKeyTiles; n += 2) {
       uint32_t b[4];
-      ldmatrix_x4(b, key.at(k_row + 8 * n, 2 * k + k_chunk));
+      ldmatrix_x4(b, k.at(8 * n, d));
 #pragma unroll
       for (int m = 0; m < C::kRowTiles; ++m) {
         mma_m16n8k16<typename C::T>(s[m][n], a[m], b[0], b[1]);
@@ -170,13 +195,13 @@ __device__ __forceinline__ void multiply_weights_value(typename C::Output& acc,
                                                        const typename C::Weights& weights,
                                                        typename C::Tile value, int first_key) {
   const int lane = threadIdx.x % 32;
-  const int v_row = first_key + lane % 16, v_chunk = lane / 16;
+  const auto v = value.lane(first_key + lane % 16, lane / 16);
 #pragma unroll
   for (int k = 0; k < C::kKeyTiles / 2; ++k)
 #pragma unroll
     for (int n = 0; n < C::kDimTiles; n += 2) {
       uint32_t b[4];
-      ldmatrix_x4_transposed(b, value.at(v_row + 16 * k, n + v_chunk));
+      ldmatrix_x4_transposed(b, v.at(16 * k, n));
 #pragma unroll
       for (int m = 0; m < C::kRowTiles; ++m) {
         mma_m16n8k16<typename C::T>(acc[m][n], weights[m][k], b[0], b[1]);
@@ -203,7 +228,7 @@ __device__ __forceinline__ void mask_scores(typename C::Scores& s, const KeyQues
 #pragma unroll
         for (int i = 0; i < 2; ++i)
           if (!visible.sees(tokens[first_key + 8 * n + lane % 4 * 2 + i]))
-            s[m][n][2 * h + i] = -INFINITY;
+            s[m][n][2 * h + i] = -kInfinity;
     }
 }
 
@@ -350,12 +375,20 @@ __global__ void __launch_bounds__(AttentionConfig<T, kDim, kRows>::kThreads)
   const typename C::Tile query{memory};
   unsigned char* const slots = memory + C::kQueryBytes;
   int* const tokens = reinterpret_cast<int*>(slots + C::kStages * C::kSlotBytes);  // of two tiles
-  const auto runs = KeyRuns<C::kKeys>::in(tokens + 2 * C::kKeys);
+  auto& work = *reinterpret_cast<Work<C>*>(tokens + 2 * C::kKeys);
+  static_assert(sizeof(Work<C>) <= AttentionTile::kWorkBytes);
+  const RowTile& rows = work.rows;
+  const KeyQuestion& keys = work.keys;
+  const auto& runs = work.runs;
 
-  const RowTile rows(p);
+  if (threadIdx.x == 0) {
+    work.rows = row_tile(p);
+    work.keys = key_question(p, work.rows);
+  }
+  __syncthreads();
   if (rows.first_query >= p.call.Tq) return;
-  const KeyQuestion keys = key_question(p, rows);
-  runs.build(keys);
+  work.runs.build(keys);
+  const int first_masked = runs.first_masked();
   const int begin = static_cast<int>(int64_t{runs.n_tiles()} * rows.split / p.splits);
   const int end = static_cast<int>(int64_t{runs.n_tiles()} * (rows.split + 1) / p.splits);
 
@@ -365,7 +398,7 @@ __global__ void __launch_bounds__(AttentionConfig<T, kDim, kRows>::kThreads)
   const T* value = static_cast<const T*>(c.value) + rows.batch * c.value_stride[0] +
                    rows.kv_head * c.value_stride[1];
   const int thread = threadIdx.x;
-  const auto tokens_of = [&](int tile) { return tokens + tile % 2 * C::kKeys; };
+  const auto tokens_of = [&](int tile) { return tokens + (tile & 1) * C::kKeys; };
   const auto find_token = [&](int tile) {
     return thread < C::kKeys && tile < end ? runs.token(keys, tile, thread) : -1;
   };
@@ -381,12 +414,12 @@ __global__ void __launch_bounds__(AttentionConfig<T, kDim, kRows>::kThreads)
   };
   const auto copy_keys = [&](int tile) {
     if (tile < end)
-      copy_rows<C>(next_slot(filled), key, c.key_stride[2], static_cast<int>(c.D), tokens_of(tile));
+      copy_rows<C>(next_slot(filled), key, p.key_row_bytes, static_cast<int>(c.D), tokens_of(tile));
     cp_async_commit();
   };
   const auto copy_values = [&](int tile) {
     if (tile < end)
-      copy_rows<C>(next_slot(filled), value, c.value_stride[2], static_cast<int>(c.Dv),
+      copy_rows<C>(next_slot(filled), value, p.value_row_bytes, static_cast<int>(c.Dv),
                    tokens_of(tile));
     cp_async_commit();
   };
@@ -401,7 +434,8 @@ __global__ void __launch_bounds__(AttentionConfig<T, kDim, kRows>::kThreads)
   __syncthreads();
   copy_keys(begin);
   copy_values(begin);
-  load_query<C>(query, p, rows);
+  // the last slot is still free
+  load_query<C>(query, reinterpret_cast<int64_t*>(slots + 2 * C::kSlotBytes), p, rows);
 
   const int warp = thread / 32;
   const int first_row = C::kKeyWarps == 1 ? warp * C::kRowTiles * 16 : 0;
@@ -416,7 +450,7 @@ __global__ void __launch_bounds__(AttentionConfig<T, kDim, kRows>::kThreads)
       copy_keys(tile + 1);
       typename C::Scores scores;
       multiply_query_key<C>(scores, query, next_slot(used), first_row, first_key);
-      if (runs.is_masked(tile))
+      if (tile >= first_masked)
         mask_scores<C>(scores, keys, runs.source(runs.run_of(tile)), rows, tokens_of(tile),
                        first_row, first_key);
       softmax.template add<T>(scores, acc, weights);

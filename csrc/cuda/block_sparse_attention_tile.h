@@ -14,7 +14,7 @@ struct AttentionTile {
   int rows;  // 16, 64, and 128 where dim <= 128
 
   static constexpr int kStages = 3;  // slots for keys or values: one in use, two being filled
-  static constexpr int kRuns = 8;    // see key_runs.cuh
+  static constexpr int kWorkBytes = 256;
 
   constexpr int keys() const { return dim <= 128 ? 64 : 32; }
   constexpr int row_warps() const { return rows == 16 ? 1 : 4; }
@@ -24,7 +24,7 @@ struct AttentionTile {
   constexpr int slot_bytes() const { return keys() * dim * 2; }
   constexpr int token_bytes() const { return 2 * keys() * 4; }  // of two tiles
   constexpr int shared_bytes() const {
-    return query_bytes() + kStages * slot_bytes() + token_bytes() + (3 * kRuns + 2) * 4;
+    return query_bytes() + kStages * slot_bytes() + token_bytes() + kWorkBytes;
   }
 };
 
@@ -33,6 +33,7 @@ constexpr int kAttentionDims[] = {64, 96, 128, 256};
 
 struct BlockSparseAttentionCudaParams {
   BlockSparseAttentionParams call;
+  int32_t key_row_bytes, value_row_bytes;
   int32_t queries, heads;  // of a tile: their product is at most its rows
   int32_t query_tiles;     // per query block
   int32_t head_tiles;      // per KV head

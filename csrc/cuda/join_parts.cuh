@@ -24,7 +24,7 @@ struct JoinedRow {
   __device__ void join(const Parts& parts, int row, int dims) {
     const int lane = threadIdx.x % 32;
     const auto stat = [&](int i) { return parts.stats + i * parts.stat_step + 2 * row; };
-    reference = -INFINITY;
+    reference = -kInfinity;
     for (int i = lane; i < parts.n; i += 32) reference = fmaxf(reference, stat(i)[0]);
 #pragma unroll
     for (int step = 16; step > 0; step /= 2)
@@ -38,7 +38,7 @@ struct JoinedRow {
       const int mine = first + lane;
       // no key in any part: every reference is -infinity
       float weight = 0, share = 0;
-      if (mine < parts.n && reference != -INFINITY) {
+      if (mine < parts.n && reference != -kInfinity) {
         weight = exp2_approx(stat(mine)[0] - reference);
         share = weight * stat(mine)[1];
       }

@@ -4,7 +4,6 @@
 // and window hold, and the window. Runs 0 to 2 hold whole tiles that every row sees; what is left
 // at the edges of the sources comes after them and is masked.
 #pragma once
-#include "block_sparse_attention_tile.h"
 #include "device.cuh"
 
 namespace sparse_attn {
@@ -28,7 +27,7 @@ __device__ __forceinline__ int count_below(const int32_t* ids, int n, int bound)
   while (low < high) {
     const int part = (high - low + 31) / 32;
     const int last = low + (lane + 1) * part - 1;  // of the lane's part
-    const bool below = last < high && ids[last] < bound;
+    const bool below = last < high && __ldg(ids + last) < bound;
     low += __popc(__ballot_sync(0xffffffff, below)) * part;
     high = min(high, low + part - 1);
   }
@@ -37,24 +36,19 @@ __device__ __forceinline__ int count_below(const int32_t* ids, int n, int bound)
 
 template <int kKeys>
 struct KeyRuns {
-  static constexpr int kRuns = AttentionTile::kRuns;
+  static constexpr int kRuns = 8;
   static constexpr int kMasked = 3;  // the first run with a mask
 
-  // In shared memory. `first` and `stop` are keys, or for lists places in the listed tokens.
-  int* first;  // [kRuns]
-  int* stop;   // [kRuns]
-  int* tile;   // [kRuns + 1] the first tile of each run, and how many there are
-
-  __device__ static KeyRuns in(int* shared) {
-    return {shared, shared + kRuns, shared + 2 * kRuns};
-  }
+  int first[kRuns], stop[kRuns];  // keys, or for lists places in the listed tokens
+  int tile[kRuns + 1];            // the first tile of each run, and how many there are
 
   __device__ static KeySource source(int run) {
-    return run % 3 == 0 && run < 6 ? KeySource::sink : run < 6 && run != 2 ? KeySource::list : KeySource::window;
+    constexpr uint32_t kSources = 0b10'10'01'01'00'10'01'00;  // two bits each, from the right
+    return static_cast<KeySource>(kSources >> 2 * run & 3);
   }
 
   __device__ int n_tiles() const { return tile[kRuns]; }
-  __device__ bool is_masked(int i) const { return i >= tile[kMasked]; }
+  __device__ int first_masked() const { return tile[kMasked]; }
 
   __device__ int run_of(int i) const {
     int run = 0;
@@ -62,8 +56,8 @@ struct KeyRuns {
     return run;
   }
 
-  // Called by every thread of the block; ends with a barrier.
-  __device__ void build(const KeyQuestion& q) const {
+  // In shared memory, by every thread of the block; ends with a barrier.
+  __device__ void build(const KeyQuestion& q) {
     // keys below `whole` lie under the diagonal of every row, keys from `end` on of none
     const int whole = q.causal ? max(q.first_position + 1, 0) : q.n_keys;
     const int end = q.causal ? max(q.last_position + 1, 0) : q.n_keys;
@@ -87,7 +81,7 @@ struct KeyRuns {
   }
 
   __device__ void write(const KeyQuestion& q, int whole, int end, int a, int b, int c,
-                        int d) const {
+                        int d) {
     const auto tiles = [](int from, int to) { return max(to - from, 0) / kKeys * kKeys; };
     const int sink_full = tiles(0, min(q.sink, whole));
     const int list_full = b * q.kv_block + tiles(b * q.kv_block, c * q.kv_block);
@@ -110,7 +104,7 @@ struct KeyRuns {
       tile[r + 1] = tile[r] + (max(stop[r] - first[r], 0) + kKeys - 1) / kKeys;
   }
 
-  __device__ void set(int run, int from, int to) const { first[run] = from, stop[run] = to; }
+  __device__ void set(int run, int from, int to) { first[run] = from, stop[run] = to; }
 
   // The key in place `key` of tile `i`, or -1 where there is none. Wrong ids are clamped: no list
   // leads outside of the keys.
@@ -120,7 +114,7 @@ struct KeyRuns {
     if (place >= stop[run]) return -1;
     if (source(run) != KeySource::list) return place;
     const int last_block = (q.n_keys - 1) / q.kv_block;
-    const int block = min(max(q.list[place / q.kv_block], 0), last_block);
+    const int block = min(max(__ldg(q.list + place / q.kv_block), 0), last_block);
     const int token = block * q.kv_block + place % q.kv_block;
     return token < q.n_keys && token >= q.sink ? token : -1;
   }

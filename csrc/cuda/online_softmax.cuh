@@ -22,12 +22,12 @@ struct OnlineSoftmax {
 #pragma unroll
     for (int m = 0; m < kRowTiles; ++m)
 #pragma unroll
-      for (int h = 0; h < 2; ++h) top[m][h] = -INFINITY, sum[m][h] = 0;
+      for (int h = 0; h < 2; ++h) top[m][h] = -kInfinity, sum[m][h] = 0;
   }
 
   // A row without a key has only scores of -infinity: any finite reference gives weights of 0.
   __device__ static float scaled(float top, float scale) {
-    return top == -INFINITY ? 0 : top * scale;
+    return top == -kInfinity ? 0 : top * scale;
   }
 
   // Turns the scores of a tile into weights, fragments for the product with the values, after
@@ -98,7 +98,7 @@ struct OnlineSoftmax {
 // Natural logarithm of a denominator; -infinity of an empty one.
 __device__ __forceinline__ float log_sum(float reference, float sum) {
   constexpr float kLn2 = 0.693147180559945309f;
-  return sum == 0 ? -INFINITY : (reference + log2f(sum)) * kLn2;
+  return sum == 0 ? -kInfinity : (reference + log2f(sum)) * kLn2;
 }
 
 }  // namespace sparse_attn

@@ -1,87 +1,62 @@
-// block_sparse_attention as its binding launches it.
+// block_sparse_attention, and what its plan says.
 #include "cuda/block_sparse_attention.cuh"
 #include "cuda/block_sparse_attention_plan.h"
-#include "simt/host.h"
+#include "simt/ops/common.h"
 
+namespace sparse_attn {
 namespace {
-
-using namespace sparse_attn;
-
-void strides(int64_t (&to)[3], const simt::Tensor& t) {
-  for (int i = 0; i < 3; ++i) to[i] = t.strides[i];
-}
 
 BlockSparseAttentionParams call_of(const simt::Arguments& a) {
   const auto &query = a.tensor("query"), &key = a.tensor("key"), &value = a.tensor("value");
-  const auto &indices = a.tensor("indices"), &counts = a.tensor("counts");
+  const auto &indices = a.tensor("indices"), &out = a.tensor("out");
+  const auto integer = [&](const char* name) { return static_cast<int64_t>(a.number(name)); };
   BlockSparseAttentionParams p{};
   p.query = query.data, p.key = key.data, p.value = value.data;
-  p.indices = a.pointer<const int32_t>("indices"), p.counts = a.pointer<const int32_t>("counts");
-  p.out = a.tensor("out").data, p.lse = a.pointer<float>("lse");
-  strides(p.query_stride, query), strides(p.key_stride, key), strides(p.value_stride, value);
-  strides(p.out_stride, a.tensor("out"));
-  strides(p.indices_stride, indices), strides(p.counts_stride, counts);
+  p.indices = a.pointer<int32_t>("indices"), p.counts = a.pointer<int32_t>("counts");
+  p.out = out.data, p.lse = a.pointer<float>("lse");
+  strides(query, p.query_stride), strides(key, p.key_stride), strides(value, p.value_stride);
+  strides(out, p.out_stride), strides(indices, p.indices_stride);
+  strides(a.tensor("counts"), p.counts_stride);
   p.B = query.sizes[0], p.Hq = query.sizes[1], p.Tq = query.sizes[2], p.D = query.sizes[3];
   p.Hkv = key.sizes[1], p.Tk = key.sizes[2], p.Dv = value.sizes[3];
   p.Hi = indices.sizes[1], p.Mq = indices.sizes[2], p.K = indices.sizes[3];
-  const auto integer = [&](const char* name) { return static_cast<int64_t>(a.number(name)); };
   p.q_block = integer("q_block"), p.kv_block = integer("kv_block");
-  p.sink = integer("sink"), p.window = integer("window");
-  p.scale = static_cast<float>(a.number("scale")), p.causal = a.number("causal") != 0;
-  p.dtype = a.number("bf16") != 0 ? DType::bf16 : DType::f16;
+  p.sink = integer("sink"), p.window = integer("window"), p.causal = integer("causal") != 0;
+  p.scale = static_cast<float>(a.number("scale", 1 / std::sqrt(static_cast<double>(p.D))));
+  p.dtype = dtype(a);
   return p;
 }
 
-// Scratch memory that holds nothing yet: NaN.
-float* scratch(simt::Arguments& a, const char* name, std::vector<float>& memory, int64_t n) {
-  memory.assign(static_cast<size_t>(n), NAN);
-  a.tensors[name] = {reinterpret_cast<char*>(memory.data()), {n}, {1}, 4, true};
-  return memory.data();
-}
-
-template <class T, int kDim, int kRows>
-void launch(const simt::Arguments& a, const BlockSparseAttentionCudaParams& p,
-            const BlockSparseAttentionPlan& plan) {
-  simt::launch<block_sparse_attention_kernel<T, kDim, kRows>>(
-      a, {.x = static_cast<uint32_t>(plan.grid())},
-      {.x = static_cast<uint32_t>(plan.tile.threads())},
-      static_cast<size_t>(plan.tile.shared_bytes()), p);
-}
-
-template <class T, int kDim>
-void launch_rows(const simt::Arguments& a, const BlockSparseAttentionCudaParams& p,
-                 const BlockSparseAttentionPlan& plan) {
-  if (plan.tile.rows == 16) return launch<T, kDim, 16>(a, p, plan);
-  if (plan.tile.rows == 64) return launch<T, kDim, 64>(a, p, plan);
-  if constexpr (kDim <= 128) launch<T, kDim, 128>(a, p, plan);
-}
-
 template <class T>
-void launch_dim(const simt::Arguments& a, const BlockSparseAttentionCudaParams& p,
-                const BlockSparseAttentionPlan& plan) {
-  switch (plan.tile.dim) {
-    case 64: return launch_rows<T, 64>(a, p, plan);
-    case 96: return launch_rows<T, 96>(a, p, plan);
-    case 128: return launch_rows<T, 128>(a, p, plan);
-    default: return launch_rows<T, 256>(a, p, plan);
+void run_as(const simt::Arguments& a, const BlockSparseAttentionCudaParams& p,
+            const BlockSparseAttentionPlan& plan) {
+  with_attention_tile(plan, [&]<int kDim, int kRows>() {
+    launch<block_sparse_attention_kernel<T, kDim, kRows>>(a, plan.launch, p);
+  });
+}
+
+void run(const simt::Arguments& arguments) {
+  simt::Arguments a = arguments;
+  const BlockSparseAttentionParams call = call_of(a);
+  const BlockSparseAttentionPlan plan = plan_block_sparse_attention(call, limits(a));
+  const simt::Workspace workspace(a, "workspace", static_cast<size_t>(plan.workspace_bytes()));
+  const auto p = plan.params(call, a.pointer<void>("workspace"));
+  std::memset(p.done, 0, static_cast<size_t>(plan.done_bytes));
+  switch (dtype(a)) {
+    case DType::f16: run_as<__half>(a, p, plan); break;
+    case DType::bf16: run_as<__nv_bfloat16>(a, p, plan); break;
+    case DType::f32: throw std::runtime_error("no float32");
   }
 }
 
-void attend(const simt::Arguments& arguments) {
-  simt::Arguments a = arguments;
-  BlockSparseAttentionCudaParams p{call_of(a)};
-  const auto plan =
-      plan_block_sparse_attention(p.call, static_cast<int64_t>(a.number("processors")));
-  plan.fill(p);
-  std::vector<float> values, stats, done;
-  p.part_values = scratch(a, "part_values", values, plan.part_rows * p.call.Dv);
-  p.part_stats = scratch(a, "part_stats", stats, plan.part_rows * 2);
-  p.done = reinterpret_cast<int32_t*>(scratch(a, "done", done, plan.tiles));
-  std::fill_n(p.done, plan.tiles, 0);
-  p.call.dtype == DType::bf16 ? launch_dim<__nv_bfloat16>(a, p, plan)
-                              : launch_dim<__half>(a, p, plan);
+void show_plan(const simt::Arguments& a) {
+  const BlockSparseAttentionParams call = call_of(a);
+  const BlockSparseAttentionPlan plan = plan_block_sparse_attention(call, limits(a));
+  a.give("params", plan.params(call, nullptr)), a.give("plan", plan);
 }
 
-const simt::Register registered("block_sparse_attention", attend);
+const simt::Register register_run("block_sparse_attention", run);
+const simt::Register register_plan("block_sparse_attention_plan", show_plan);
 
 }  // namespace
+}  // namespace sparse_attn
