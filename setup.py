@@ -276,7 +276,7 @@ setup(
         *EXTRA_PACKAGES,
     ],
     package_dir=EXTRA_PACKAGES,
-    package_data={"": ["*.cuh", "params.h"]},
+    package_data={"": ["*.cuh", "*.h"]},
     ext_modules=ext_modules,
     cmdclass={"build_ext": BuildExt, "bdist_wheel": BdistWheel},
 )

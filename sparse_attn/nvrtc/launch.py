@@ -15,7 +15,7 @@ DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}  # DType in csr
 NAMES = {1: "__half", 2: "__nv_bfloat16"}
 WITHOUT_ASKING = 48 * 1024  # bytes of shared memory
 
-Pointer, Int64, Float = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
+Pointer, Int64, Float = ctypes.c_uint64, ctypes.c_int64, ctypes.c_float
 Bool, DType = ctypes.c_bool, ctypes.c_int
 Strides = Int64 * 3  # batch, head, token
 
