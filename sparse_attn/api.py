@@ -202,6 +202,7 @@ def info() -> str:
             f"instruction set: {cpu_isa.cpu_isa()} of {', '.join(cpu_isa.available())}; "
             f"{torch.get_num_threads()} threads"
         )
+    lines.append(f"CUDA extension: {_ext.cuda_missing or 'loaded, for ' + _ext.cuda_archs()}")
     lines.append(f"CUDA device: {torch.cuda.is_available()}")
     for name, row in backends().items():
         ready = [b for b, why in row.items() if why is None]

@@ -98,12 +98,14 @@ class Op:
     ) -> None:
         """Adds an implementation; the order of the calls is the order of preference.
 
-        `cpp` kernels register themselves from C++; `reference` and `triton` are functions with the
-        operator's name in `sparse_attn/reference/<op>.py` and `sparse_attn.triton_kernels.<op>`,
-        imported at the first call.
+        `cpp` and `cuda` kernels register themselves from C++; `reference` and `triton` are
+        functions with the operator's name in `sparse_attn/reference/<op>.py` and
+        `sparse_attn.triton_kernels.<op>`, imported at the first call.
         """
         if backend == "cpp":
             missing = missing or _ext.cpp_missing
+        elif backend == "cuda":
+            missing = missing or _ext.cuda_missing
         else:
             package = {"reference": "reference", "triton": "triton_kernels"}[backend]
             # the interpreter runs Triton's kernels on CPU tensors too
@@ -138,8 +140,7 @@ class Op:
             # the dispatcher drops trailing arguments that equal their defaults
             return fn(backend, *self.bind(*args))
 
-        key = "any" if backend == "triton" else device
-        LIBRARY.impl(f"{self.name}.{backend}", kernel, DISPATCH_KEYS[key])
+        LIBRARY.impl(f"{self.name}.{backend}", kernel, DISPATCH_KEYS["any"])
         missing = None
         for part in of:
             row = next((i for i in part.impls if i.backend == backend), None)

@@ -41,7 +41,7 @@ def why_not() -> str | None:
 
 
 def digest(csrc: Path) -> str:
-    sources = [p for p in HERE.rglob("*") if p.suffix in (".h", ".cpp", ".py")]
+    sources = [p for p in HERE.rglob("*") if p.suffix in (".h", ".cpp")] + [Path(__file__)]
     sources += [p for d in ("cuda", "common") for p in (csrc / d).rglob("*.*h")]
     found = hashlib.sha256(sysconfig.get_platform().encode())
     for path in sorted(sources):
