@@ -20,9 +20,6 @@ HALF = (torch.float16, torch.bfloat16)
 CUDA_OPS = [n for n, op in OPS.items() if any(i.backend == "cuda" for i in op.impls)]
 
 
-LIMITS = launch.DeviceLimits(4, 163 * 1024)  # as in tests/simt/ops/common.h
-
-
 def models_layout(dtype, batch, heads, tokens, dim):
     """Heads between tokens, as models have them."""
     return torch.empty(batch, tokens, heads, dim, dtype=dtype).transpose(1, 2)
@@ -96,12 +93,13 @@ def test_parameters_and_plan_are_those_of_the_extension(op, data):
     inputs, outputs, numbers = arguments(OPS[op], *args)
     there = {"scratch": torch.empty(1, dtype=torch.uint8)}
     params = module.params(*OPS[op].bind(*args), *outputs.values())
-    plan = module.plan(params, LIMITS)
+    limits = launch.DeviceLimits(data.draw(st.sampled_from((4, 132, 2000))), 163 * 1024)
+    plan = module.plan(params, limits)
     if hasattr(module, "place"):
         module.place(params, plan, there["scratch"].data_ptr())
     there["params"] = torch.empty(ctypes.sizeof(params), dtype=torch.uint8)
     there["plan"] = torch.empty(len(flat(plan)), dtype=torch.int64)
-    simt.run(f"{op}_plan", inputs, outputs | there, numbers)
+    simt.run(f"{op}_plan", inputs, outputs | there, numbers | {"processors": limits.processors})
     assert bytes(there["params"].tolist()) == bytes(params)
     assert there["plan"].tolist() == flat(plan)
 
