@@ -1,4 +1,4 @@
-"""Loads the compiled extensions, looks for Triton; keeps the reasons where there are none."""
+"""Loads the compiled extensions, finds Triton and CuPy; keeps the reasons where there is none."""
 
 from __future__ import annotations
 
@@ -42,15 +42,26 @@ def cuda_archs() -> str:
     return " ".join(f"sm_{arch}" for arch in _build_info("CUDA_ARCHS") or ())
 
 
-def _find_triton() -> str | None:
-    """None when Triton is installed; it is imported by the first kernel, not here."""
+def _installed(module: str) -> bool:
+    """Whether a package is there; it is imported by the first kernel, not here."""
     try:
-        found = find_spec("triton") is not None
+        return find_spec(module) is not None
     except ValueError:  # blocked in sys.modules
-        found = False
-    return None if found else "Triton is not installed: pip install triton"
+        return False
+
+
+def _cupy() -> str:
+    import torch
+
+    return f"cupy-cuda{(torch.version.cuda or '13').split('.')[0]}x"
 
 
 cpp_missing: str | None = _load("_C", "C++ extension", "CPU_EXTENSION_MISSING")
-cuda_missing: str | None = _load("_C_cuda", "CUDA extension", "CUDA_EXTENSION_MISSING")
-triton_missing: str | None = _find_triton()
+cuda_extension_missing: str | None = _load("_C_cuda", "CUDA extension", "CUDA_EXTENSION_MISSING")
+# without the extension NVRTC compiles the same kernels at the first call, through CuPy
+cuda_missing: str | None = None
+if cuda_extension_missing and not _installed("cupy"):
+    cuda_missing = f"{cuda_extension_missing}; or compile at first use: pip install {_cupy()}"
+triton_missing: str | None = (
+    None if _installed("triton") else "Triton is not installed: pip install triton"
+)

@@ -14,7 +14,7 @@
 
 namespace sparse_attn {
 
-constexpr float kInfinity = __builtin_huge_valf();
+constexpr float kInfinity = __builtin_bit_cast(float, 0x7f800000);  // no NVRTC header has it
 
 // kN elements that are loaded and stored at once, from an address that is a multiple of their size
 template <class T, int kN>

@@ -25,6 +25,9 @@ using std::max, std::min;
 struct alignas(8) float2 {
   float x, y;
 };
+struct alignas(16) float4 {
+  float x, y, z, w;
+};
 struct alignas(8) int2 {
   int x, y;
 };
