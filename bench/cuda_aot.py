@@ -134,7 +134,7 @@ def compile_kernels(op: str, arch: str, kernels: dict[str, tuple[int, int]]) -> 
     missing = set(names) - {row.kernel for row in rows}
     if missing:
         raise RuntimeError(f"{op} for {arch}: nvcc reports nothing of {sorted(missing)}")
-    return rows
+    return sorted(rows, key=lambda r: re.sub(r"\d+", lambda n: n[0].zfill(4), r.kernel))
 
 
 def table(quick: bool) -> list[Row]:
