@@ -84,6 +84,11 @@ class Op:
         self._validate = fn
         return fn
 
+    def empty(self, *args: Any) -> tuple[torch.Tensor, ...]:
+        """Tensors for the results of a call, without values."""
+        assert self._fake is not None
+        return self._fake(*args)
+
     def check(self, *args: Any) -> None:
         """Raises ValueError or TypeError, naming the argument, if a call is not legal."""
         if self._validate is not None:

@@ -6,8 +6,8 @@
 namespace sparse_attn {
 
 struct FlexPrefillPlan {
-  bool chooses;    // or lists every visible block
-  bool per_row;    // some head may choose per row
+  int64_t chooses;  // or lists every visible block
+  int64_t per_row;  // some head may choose per row
   LaunchPlan mean_key, extent, profile, attribute, block_sum, choose, mean_query, block_score, list;
 };
 

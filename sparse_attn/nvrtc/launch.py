@@ -16,7 +16,7 @@ NAMES = {1: "__half", 2: "__nv_bfloat16"}
 WITHOUT_ASKING = 48 * 1024  # bytes of shared memory
 
 Pointer, Int64, Float = ctypes.c_uint64, ctypes.c_int64, ctypes.c_float
-Bool, DType = ctypes.c_bool, ctypes.c_int
+Int32, Bool, DType = ctypes.c_int32, ctypes.c_bool, ctypes.c_int
 Strides = Int64 * 3  # batch, head, token
 
 
@@ -48,6 +48,15 @@ def strides(x: torch.Tensor) -> Any:
 def last_dim_contiguous(x: torch.Tensor) -> torch.Tensor:
     """The kernels take any strides but the last."""
     return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
+
+
+def aligned_rows(x: torch.Tensor) -> torch.Tensor:
+    """For kernels that load 16 bytes at a time and count rows in 32 bits: copied if need be."""
+    x = last_dim_contiguous(x)
+    in_use = [stride for i, stride in enumerate(x.stride()[:3]) if x.shape[i] > 1]
+    fits = x.data_ptr() % 16 == 0 and all(stride % 8 == 0 for stride in in_use)
+    fits = fits and (x.shape[2] == 1 or x.stride(2) < 2**30)
+    return x if fits else x.clone(memory_format=torch.contiguous_format)
 
 
 @cache

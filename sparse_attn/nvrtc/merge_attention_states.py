@@ -5,10 +5,9 @@ from __future__ import annotations
 import ctypes
 from typing import NamedTuple
 
-import torch
-
+from ..ops.merge_attention_states import op
 from . import launch
-from .launch import DType, Int64, LaunchPlan, Pointer, Strides
+from .launch import DeviceLimits, DType, Int64, LaunchPlan, Pointer, Strides
 
 THREADS, WARP, VECTOR = 128, 32, 8
 
@@ -37,7 +36,7 @@ def params(out_a, lse_a, out_b, lse_b, out, lse) -> Params:
     )  # fmt: skip
 
 
-def plan(p: Params) -> Plan:
+def plan(p: Params, limits: DeviceLimits) -> Plan:
     numbers = (p.Dv, *p.out_a_stride, *p.out_b_stride)
     aligned = all(pointer % 16 == 0 for pointer in (p.out, p.out_a, p.out_b))
     vector = VECTOR if aligned and all(n % VECTOR == 0 for n in numbers) else 1
@@ -48,13 +47,11 @@ def plan(p: Params) -> Plan:
     return Plan(LaunchPlan((-(-p.B * p.H * p.T // rows), 1, 1), (lanes, rows, 1)), vector)
 
 
-def merge_attention_states(
-    out_a: torch.Tensor, lse_a: torch.Tensor, out_b: torch.Tensor, lse_b: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
+def merge_attention_states(out_a, lse_a, out_b, lse_b):
     out_a, out_b = launch.last_dim_contiguous(out_a), launch.last_dim_contiguous(out_b)
-    out, lse = out_a.new_empty(out_a.shape), lse_a.new_empty(lse_a.shape)
-    p = params(out_a, lse_a, out_b, lse_b, out, lse)
-    found = plan(p)
+    results = op.empty(out_a, lse_a, out_b, lse_b)
+    p = params(out_a, lse_a, out_b, lse_b, *results)
+    found = plan(p, launch.limits(out_a.device))
     name = f"merge_attention_states_kernel<{launch.NAMES[p.dtype]}, {found.vector}>"
-    launch.run("merge_attention_states", name, found.launch, p, out_a.device)
-    return out, lse
+    launch.run(op.name, name, found.launch, p, out_a.device)
+    return results

@@ -65,7 +65,8 @@ def _triton_serves(query, key, value, *args):
 def _cuda_serves(query, key, value, *args):
     dims = query.shape[3], value.shape[3]
     if any(d % 8 or d > 256 for d in dims):
-        return f"head_dim {dims[0]} and {dims[1]}, served: multiples of 8 up to 256; triton takes others"
+        served = "served: multiples of 8 up to 256; triton takes others"
+        return f"head_dim {dims[0]} and {dims[1]}, {served}"
     return check.cuda_kernels_serve(query)
 
 

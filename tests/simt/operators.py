@@ -13,11 +13,12 @@ from typing import Any
 
 import torch
 
+from sparse_attn.nvrtc.launch import DTYPES, aligned_rows, last_dim_contiguous
 from sparse_attn.registry import NS, OPS, Op
 
 from . import HERE, run
 
-DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}  # as in csrc/common/params.h
+ROWS_OF_16_BYTES = ("block_sparse_attention", "flex_prefill_select")
 LIBRARY = torch.library.Library(NS, "IMPL")
 _seed = 0
 
@@ -27,19 +28,22 @@ def poisoned(x: torch.Tensor) -> torch.Tensor:
     return torch.full_like(x, torch.nan if x.is_floating_point() else -0x55555556)
 
 
+def as_bound(op: Op, x: torch.Tensor) -> torch.Tensor:
+    """The tensor that a binding passes on: copied where the kernels cannot read it in place."""
+    if x.dim() != 4:
+        return x
+    rows = op.name in ROWS_OF_16_BYTES and x.is_floating_point()
+    return aligned_rows(x) if rows else last_dim_contiguous(x)
+
+
 def arguments(op: Op, *args: Any) -> tuple[dict, dict, dict]:
     """What the program of an operator gets: inputs, outputs, numbers."""
     schema = op.default._schema
     values = {a.name: x for a, x in zip(schema.arguments, op.bind(*args), strict=True)}
-    # as the bindings do
-    inputs = {
-        name: x.contiguous() if x.dim() == 4 and x.stride(3) != 1 else x
-        for name, x in values.items()
-        if isinstance(x, torch.Tensor)
-    }
+    inputs = {k: as_bound(op, x) for k, x in values.items() if isinstance(x, torch.Tensor)}
     numbers = {k: x for k, x in values.items() if isinstance(x, (bool, int, float))}
     numbers["dtype"] = DTYPES[next(iter(inputs.values())).dtype]
-    outputs = {r.name: poisoned(x) for r, x in zip(schema.returns, op._fake(*args), strict=True)}
+    outputs = {r.name: poisoned(x) for r, x in zip(schema.returns, op.empty(*args), strict=True)}
     return inputs, outputs, numbers
 
 

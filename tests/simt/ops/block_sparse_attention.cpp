@@ -52,7 +52,7 @@ void run(const simt::Arguments& arguments) {
 void show_plan(const simt::Arguments& a) {
   const BlockSparseAttentionParams call = call_of(a);
   const BlockSparseAttentionPlan plan = plan_block_sparse_attention(call, limits(a));
-  a.give("params", plan.params(call, nullptr)), a.give("plan", plan);
+  a.give("params", plan.params(call, a.pointer<void>("scratch"))), a.give("plan", plan);
 }
 
 const simt::Register register_run("block_sparse_attention", run);

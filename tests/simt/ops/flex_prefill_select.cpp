@@ -22,6 +22,8 @@ FlexPrefillCudaParams params(const simt::Arguments& a) {
   p.gamma = static_cast<float>(a.number("gamma")), p.tau = static_cast<float>(a.number("tau"));
   size_flex_prefill(p, static_cast<int64_t>(a.number("min_budget")),
                     static_cast<int64_t>(a.number("max_budget", -1)));
+  p.indices = a.pointer<int32_t>("indices"), p.counts = a.pointer<int32_t>("counts");
+  p.pattern = a.pointer<int32_t>("pattern");
   return p;
 }
 
@@ -29,8 +31,6 @@ template <class T>
 void run_as(const simt::Arguments& given) {
   simt::Arguments a = given;
   FlexPrefillCudaParams p = params(a);
-  p.indices = a.pointer<int32_t>("indices"), p.counts = a.pointer<int32_t>("counts");
-  p.pattern = a.pointer<int32_t>("pattern");
   const FlexPrefillPlan plan = plan_flex_prefill_select(p);
   std::deque<simt::Workspace> buffers;  // one each, so that none is left by its end
   each_flex_prefill_buffer(p, plan, [&](const char* name, auto*& pointer, int64_t n) {
@@ -60,8 +60,10 @@ void run(const simt::Arguments& a) {
 }
 
 void show_plan(const simt::Arguments& a) {
-  const FlexPrefillCudaParams p = params(a);
-  a.give("params", p), a.give("plan", plan_flex_prefill_select(p));
+  FlexPrefillCudaParams p = params(a);
+  const FlexPrefillPlan plan = plan_flex_prefill_select(p);
+  place_flex_prefill_buffers(p, plan, a.pointer<char>("scratch"));
+  a.give("params", p), a.give("plan", plan);
 }
 
 const simt::Register register_run("flex_prefill_select", run);
