@@ -107,16 +107,17 @@ __device__ __forceinline__ KeyQuestion key_question(const BlockSparseAttentionCu
   return q;
 }
 
-// Calls `f(row, chunk)` for the thread's share of the chunks of kRows rows.
+// Calls `f(i, row, chunk)` for the thread's share of the chunks of kRows rows, i = 0, 1, ...
 template <class C, int kRows, class F>
 __device__ __forceinline__ void each_chunk(F f) {
   constexpr int kChunks = C::Tile::kChunks, kAtOnce = C::kThreads / kChunks;  // rows
   const int chunk = threadIdx.x % kChunks, first_row = threadIdx.x / kChunks;
-  if (first_row >= kAtOnce) return;
+  if (C::kThreads % kChunks != 0 && first_row >= kAtOnce) return;
 #pragma unroll
-  for (int i = 0; i < kRows; i += kAtOnce) {
-    if (kRows % kAtOnce != 0 && first_row + i >= kRows) break;
-    f(first_row + i, chunk);
+  for (int i = 0; i * kAtOnce < kRows; ++i) {
+    const int row = first_row + i * kAtOnce;
+    if (kRows % kAtOnce != 0 && row >= kRows) break;
+    f(i, row, chunk);
   }
 }
 
@@ -135,7 +136,7 @@ __device__ __forceinline__ void load_query(typename C::Tile to, int64_t* offsets
   __syncthreads();
   const auto* query = static_cast<const typename C::T*>(c.query);
   const uint32_t sign = c.scale < 0 ? 0x80008000u : 0;
-  each_chunk<C, C::kRows>([&](int row, int chunk) {
+  each_chunk<C, C::kRows>([&](int, int row, int chunk) {
     const int64_t offset = offsets[row];
     uint4 x{};
     if (offset >= 0 && chunk * 8 < c.D)
@@ -150,10 +151,11 @@ template <class C>
 __device__ __forceinline__ void copy_rows(typename C::Tile to, const typename C::T* from,
                                           int32_t row_bytes, int dims, const int* tokens) {
   const auto* bytes = reinterpret_cast<const unsigned char*>(from);
-  each_chunk<C, C::kKeys>([&](int row, int chunk) {
-    const int token = tokens[row];
-    cp_async_16(to.at(row, chunk), bytes + int64_t{max(token, 0)} * row_bytes + chunk * 16,
-                token >= 0 && chunk * 8 < dims);
+  int token[C::kKeys];  // first all of them: reads of shared memory would wait for the copies
+  each_chunk<C, C::kKeys>([&](int i, int row, int) { token[i] = tokens[row]; });
+  each_chunk<C, C::kKeys>([&](int i, int row, int chunk) {
+    cp_async_16(to.at(row, chunk), bytes + int64_t{max(token[i], 0)} * row_bytes + chunk * 16,
+                token[i] >= 0 && chunk * 8 < dims);
   });
 }
 
