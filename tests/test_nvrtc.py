@@ -20,9 +20,6 @@ HALF = (torch.float16, torch.bfloat16)
 CUDA_OPS = [n for n, op in OPS.items() if any(i.backend == "cuda" for i in op.impls)]
 
 
-LIMITS = launch.DeviceLimits(4, 163 * 1024)  # as in tests/simt/ops/common.h
-
-
 def models_layout(dtype, batch, heads, tokens, dim):
     """Heads between tokens, as models have them."""
     return torch.empty(batch, tokens, heads, dim, dtype=dtype).transpose(1, 2)
@@ -41,7 +38,7 @@ def merge_arguments(draw):
 
 def query_key_value(draw):
     batch, hkv, group = draw(st.integers(1, 2)), draw(st.integers(1, 2)), draw(st.integers(1, 9))
-    tq, tk = draw(st.integers(1, 700)), draw(st.integers(1, 9000))
+    tq, tk = draw(st.integers(1, 700)), draw(st.integers(1, 60000))
     dtype, dims = draw(st.sampled_from(HALF)), [8 * draw(st.integers(1, 32)) for _ in "kv"]
     return (
         models_layout(dtype, batch, hkv * group, tq, dims[0]),
@@ -54,7 +51,7 @@ def attention_arguments(draw):
     query, key, value = query_key_value(draw)
     q_block, kv_block = draw(st.integers(1, 128)), draw(st.integers(1, 128))
     heads = draw(st.sampled_from((1, key.shape[1], query.shape[1])))
-    rows, most = -(-query.shape[2] // q_block), draw(st.integers(1, 200))
+    rows, most = -(-query.shape[2] // q_block), draw(st.integers(1, 500))
     indices = torch.zeros(query.shape[0], heads, rows, most, dtype=torch.int32)
     edges = [draw(st.sampled_from((0, 1, 100, 10**6))) for _ in range(2)]
     scale = draw(st.sampled_from((None, 0.3)))
@@ -96,12 +93,13 @@ def test_parameters_and_plan_are_those_of_the_extension(op, data):
     inputs, outputs, numbers = arguments(OPS[op], *args)
     there = {"scratch": torch.empty(1, dtype=torch.uint8)}
     params = module.params(*OPS[op].bind(*args), *outputs.values())
-    plan = module.plan(params, LIMITS)
+    limits = launch.DeviceLimits(data.draw(st.sampled_from((4, 132, 2000))), 163 * 1024)
+    plan = module.plan(params, limits)
     if hasattr(module, "place"):
         module.place(params, plan, there["scratch"].data_ptr())
     there["params"] = torch.empty(ctypes.sizeof(params), dtype=torch.uint8)
     there["plan"] = torch.empty(len(flat(plan)), dtype=torch.int64)
-    simt.run(f"{op}_plan", inputs, outputs | there, numbers)
+    simt.run(f"{op}_plan", inputs, outputs | there, numbers | {"processors": limits.processors})
     assert bytes(there["params"].tolist()) == bytes(params)
     assert there["plan"].tolist() == flat(plan)
 
