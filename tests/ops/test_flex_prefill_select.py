@@ -298,12 +298,12 @@ def test_lengths(run, shape):
 @pytest.mark.parametrize("D", [8, 96, 256])
 def test_head_dims(run, D):
     shape = Shape(B=2, Tq=150, Tk=330, Hq=3, Hkv=1, D=D)
-    query, key = random_inputs(shape, torch.bfloat16, spread=3.0)[:2]
+    query, key = random_inputs(shape, torch.bfloat16, spread=5.0)[:2]
     for tau in (0.0, 10.0):
         options = {"block_size": 16, "gamma": 0.5, "min_budget": 0, "tau": tau}
         got, want = (mask_of(query, key, r, **options)[0] for r in (run, RUNS[0]))
         assert (got != want).float().mean() <= 0.01
-        assert want.sum() < 0.8 * 6 * visible(150, 330, 16).sum(), "something is left out"
+        assert want.sum() < 0.9 * 6 * visible(150, 330, 16).sum(), "something is left out"
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the GPU decides the order of its threads")
