@@ -202,6 +202,10 @@ def info() -> str:
             f"instruction set: {cpu_isa.cpu_isa()} of {', '.join(cpu_isa.available())}; "
             f"{torch.get_num_threads()} threads"
         )
+    cuda = _ext.cuda_extension_missing or f"loaded, for {_ext.cuda_archs()}"
+    if _ext.cuda_extension_missing and not _ext.cuda_missing:
+        cuda += "; CuPy compiles its kernels at their first call"
+    lines.append(f"CUDA extension: {cuda}")
     lines.append(f"CUDA device: {torch.cuda.is_available()}")
     for name, row in backends().items():
         ready = [b for b, why in row.items() if why is None]

@@ -84,6 +84,11 @@ class Op:
         self._validate = fn
         return fn
 
+    def empty(self, *args: Any) -> tuple[torch.Tensor, ...]:
+        """Tensors for the results of a call, without values."""
+        assert self._fake is not None
+        return self._fake(*args)
+
     def check(self, *args: Any) -> None:
         """Raises ValueError or TypeError, naming the argument, if a call is not legal."""
         if self._validate is not None:
@@ -98,20 +103,21 @@ class Op:
     ) -> None:
         """Adds an implementation; the order of the calls is the order of preference.
 
-        `cpp` kernels register themselves from C++; `reference` and `triton` are functions with the
-        operator's name in `sparse_attn/reference/<op>.py` and `sparse_attn.triton_kernels.<op>`,
-        imported at the first call.
+        `cpp` and `cuda` kernels register themselves from C++; `reference`, `triton` and, where
+        the CUDA extension was not built, `cuda` are functions with the operator's name in
+        `sparse_attn.reference.<op>`, `.triton_kernels.<op>`, `.nvrtc.<op>`, imported at the first
+        call.
         """
-        if backend == "cpp":
-            missing = missing or _ext.cpp_missing
-        else:
-            package = {"reference": "reference", "triton": "triton_kernels"}[backend]
+        in_python = {"reference": "reference", "triton": "triton_kernels"}
+        if _ext.cuda_extension_missing:
+            in_python["cuda"] = "nvrtc"
+        if backend in in_python:
             # the interpreter runs Triton's kernels on CPU tensors too
             key = "any" if backend == "triton" else device
-            self._register_python(backend, key, f"{__package__}.{package}.{self.name}")
-        if backend == "triton":
-            missing = missing or _ext.triton_missing
-        self._add(backend, device, when, missing)
+            module = f"{__package__}.{in_python[backend]}.{self.name}"
+            self._register_python(backend, key, module)
+        found = {"cpp": _ext.cpp_missing, "cuda": _ext.cuda_missing, "triton": _ext.triton_missing}
+        self._add(backend, device, when, missing or found.get(backend))
 
     def _register_python(self, backend: str, device: str, module: str) -> None:
         name = self.name
@@ -138,8 +144,7 @@ class Op:
             # the dispatcher drops trailing arguments that equal their defaults
             return fn(backend, *self.bind(*args))
 
-        key = "any" if backend == "triton" else device
-        LIBRARY.impl(f"{self.name}.{backend}", kernel, DISPATCH_KEYS[key])
+        LIBRARY.impl(f"{self.name}.{backend}", kernel, DISPATCH_KEYS["any"])
         missing = None
         for part in of:
             row = next((i for i in part.impls if i.backend == backend), None)

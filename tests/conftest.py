@@ -5,7 +5,7 @@ import torch
 from hypothesis import HealthCheck, settings
 
 from sparse_attn import _ext, env
-from tests.cases import TRITON
+from tests.cases import CUDA, TRITON, cuda_why_not
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # Triton reads it when a kernel is defined
@@ -29,11 +29,12 @@ def seed():
 
 
 def pytest_collection_modifyitems(items):
-    """Shows what needs Triton as skipped, with the reason, where there is none."""
+    """Shows what needs Triton or a way to run CUDA kernels as skipped, with the reason."""
     for item in items:
         values = item.callspec.params.values() if hasattr(item, "callspec") else ()
-        triton = item.get_closest_marker("triton") or {"triton", TRITON} & {
-            v for v in values if isinstance(v, (str, tuple))
-        }
+        named = {v for v in values if isinstance(v, (str, tuple))}
+        triton = item.get_closest_marker("triton") or {"triton", TRITON} & named
         if triton and _ext.triton_missing:
             item.add_marker(pytest.mark.skip(reason=_ext.triton_missing))
+        if {"cuda", *CUDA} & named and cuda_why_not():
+            item.add_marker(pytest.mark.skip(reason=cuda_why_not()))

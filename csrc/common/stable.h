@@ -34,4 +34,14 @@ inline Tensor last_dim_contiguous(const Tensor& t) {
   return t.stride(t.dim() - 1) == 1 || t.size(t.dim() - 1) <= 1 ? t : torch::stable::contiguous(t);
 }
 
+// For kernels that load 16 bytes at a time: rows that begin at multiples of them.
+inline Tensor aligned_rows(const Tensor& t) {
+  const Tensor x = last_dim_contiguous(t);
+  const int64_t vector = 16 / element_bytes(dtype_of(x, "tensor"));
+  bool aligned = reinterpret_cast<uintptr_t>(x.const_data_ptr()) % 16 == 0;
+  for (int64_t i = 0; i + 1 < x.dim(); ++i)
+    aligned = aligned && (x.size(i) == 1 || x.stride(i) % vector == 0);
+  return aligned ? x : torch::stable::clone(x);
+}
+
 }  // namespace sparse_attn

@@ -86,3 +86,12 @@ def finite_scale(scale: Any) -> None:
 def not_float64(first: torch.Tensor, *args: Any) -> bool | str:
     """The `when` of kernels that have no float64."""
     return first.dtype != torch.float64 or "float64 is served by the reference only"
+
+
+def cuda_kernels_serve(first: torch.Tensor, *args: Any) -> bool | str:
+    """What the `when` of every CUDA kernel begins with."""
+    if first.dtype not in (torch.float16, torch.bfloat16):
+        return f"{first.dtype}, served in float16 and bfloat16; triton and reference take others"
+    if first.is_cuda and torch.cuda.get_device_properties(first.device).major < 8:
+        return "needs compute capability 8.0 or more"
+    return True

@@ -62,7 +62,16 @@ def _triton_serves(query, key, value, *args):
     return check.not_float64(query)
 
 
+def _cuda_serves(query, key, value, *args):
+    dims = query.shape[3], value.shape[3]
+    if any(d % 8 or d > 256 for d in dims):
+        served = "served: multiples of 8 up to 256; triton takes others"
+        return f"head_dim {dims[0]} and {dims[1]}, {served}"
+    return check.cuda_kernels_serve(query)
+
+
 op.impl("triton", device="cuda", when=_triton_serves)
+op.impl("cuda", device="cuda", when=_cuda_serves)
 op.impl("cpp", device="cpu", when=check.not_float64)
 op.impl("reference", device="any")
 op.autocast(3)

@@ -79,7 +79,15 @@ def _triton_serves(query, *args):
     return _kernels_serve(query, *args)
 
 
+def _cuda_serves(query, *args):
+    if query.shape[3] > 256 or query.shape[3] % 8 != 0:
+        return f"head_dim {query.shape[3]}, served are multiples of 8 up to 256"
+    served = _kernels_serve(query, *args)
+    return check.cuda_kernels_serve(query) if served is True else served
+
+
 op.impl("triton", device="cuda", when=_triton_serves)
+op.impl("cuda", device="cuda", when=_cuda_serves)
 op.impl("cpp", device="cpu", when=_kernels_serve)
 op.impl("reference", device="any")
 op.autocast(2)

@@ -3,6 +3,7 @@ import torch
 
 import sparse_attn
 from sparse_attn.ops.attention import op
+from tests.cases import CUDA, call
 from tests.ops.test_flex_prefill_select import structured
 
 
@@ -14,6 +15,15 @@ def test_equals_the_function():
     config = sparse_attn.FlexPrefill(gamma=0.8, min_budget=128)
     want = sparse_attn.attention(query, key, value, config, scale=0.2, return_lse=True)
     assert torch.equal(out, want[0]) and torch.equal(lse, want[1])
+
+
+@pytest.mark.parametrize("method", ["dense", "flex_prefill"])
+def test_cuda_kernels_serve_it(method):
+    tensors = [x[:, :, :300] for x in structured("sharp", 1200, torch.bfloat16)]
+    out, lse = call(op, CUDA[0], *tensors, method, '{"gamma": 1.0}' if method != "dense" else "{}")
+    want, want_lse = op(*tensors, "dense", backend="reference")
+    torch.testing.assert_close(lse, want_lse, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(out, want, rtol=2e-2, atol=2e-2)
 
 
 @pytest.mark.parametrize(

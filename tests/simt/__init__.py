@@ -29,6 +29,7 @@ FLAGS = ["-std=c++20", "-fPIC", "-fvisibility=hidden", "-g1", "-w"]
 # device code calls a check before each access; merging accesses would hide which they were
 DEVICE = ["-O2", "-fsanitize=thread", "-fno-tree-vectorize", "-fno-store-merging"]
 HOST = ["-O3"]
+DOOR = ["-O0"]  # pybind11's templates, called once per run
 
 
 def why_not() -> str | None:
@@ -41,7 +42,7 @@ def why_not() -> str | None:
 
 
 def digest(csrc: Path) -> str:
-    sources = [p for p in HERE.rglob("*") if p.suffix in (".h", ".cpp", ".py")]
+    sources = [p for p in HERE.rglob("*") if p.suffix in (".h", ".cpp")] + [Path(__file__)]
     sources += [p for d in ("cuda", "common") for p in (csrc / d).rglob("*.*h")]
     found = hashlib.sha256(sysconfig.get_platform().encode())
     for path in sorted(sources):
@@ -54,7 +55,7 @@ def compile_all(csrc: Path, ops: Iterable[str], name: str, target: Path) -> None
 
     include = [HERE.parent, HERE, csrc, pybind11.get_include(), sysconfig.get_path("include")]
     flags = [*FLAGS, f"-DSIMT_MODULE={name}", *(f"-I{p}" for p in include)]
-    sources = [(p, HOST) for p in sorted(HERE.glob("*.cpp"))]
+    sources = [(p, DOOR if p.stem == "module" else HOST) for p in sorted(HERE.glob("*.cpp"))]
     sources += [(HERE / "ops" / f"{op}.cpp", DEVICE) for op in ops]
     with tempfile.TemporaryDirectory(dir=target.parent) as folder:
 
