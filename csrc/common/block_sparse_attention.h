@@ -25,6 +25,7 @@ inline void check_block_sparse_attention(const Tensor& query, const Tensor& key,
                value.size(2) == key.size(2),
            "value: batch size, number of heads or length differs from key's");
   SA_CHECK(query.size(1) % key.size(1) == 0, "query: heads are no multiple of key's");
+  check_lengths(query, key);
   SA_CHECK(q_block >= 1 && q_block <= 128, "q_block: got ", q_block, ", expected 1 to 128");
   SA_CHECK(kv_block >= 1 && kv_block <= 128, "kv_block: got ", kv_block, ", expected 1 to 128");
   SA_CHECK(indices.dim() == 4 && indices.scalar_type() == ScalarType::Int,

@@ -20,6 +20,7 @@ inline void check_flex_prefill_select(const Tensor& query, const Tensor& key, in
   SA_CHECK(key.size(0) == query.size(0) && key.size(3) == query.size(3),
            "key: batch size or head_dim differs from query's");
   SA_CHECK(query.size(1) % key.size(1) == 0, "query: heads are no multiple of key's");
+  check_lengths(query, key);
   SA_CHECK(block >= 1 && block <= 128, "block_size: got ", block, ", expected 1 to 128");
   SA_CHECK(max_budget.value_or(1) >= 1, "max_budget: got ", *max_budget, ", expected 1 or more");
   SA_CHECK(std::isfinite(scale.value_or(0)), "scale: expected a finite number");

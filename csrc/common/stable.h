@@ -29,6 +29,14 @@ inline DType dtype_of(const Tensor& t, const char* name) {
   }
 }
 
+// Kernels hold positions, and positions plus a group of keys, in 32 bits.
+inline void check_lengths(const Tensor& query, const Tensor& key) {
+  constexpr int64_t kLimit = (int64_t{1} << 31) - 256;
+  SA_CHECK(query.size(2) < kLimit && key.size(2) < kLimit - query.size(2),
+           "query, key: lengths ", query.size(2), " and ", key.size(2), ", expected less than ",
+           kLimit, " tokens together");
+}
+
 // The kernels take any strides except in the last dimension.
 inline Tensor last_dim_contiguous(const Tensor& t) {
   return t.stride(t.dim() - 1) == 1 || t.size(t.dim() - 1) <= 1 ? t : torch::stable::contiguous(t);

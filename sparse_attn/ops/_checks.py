@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+MAX_TOKENS = 2**31 - 256  # of queries and keys together
 
 
 def tensor(name: str, x: Any, shape: tuple[str, ...], dtypes: tuple[torch.dtype, ...]) -> None:
@@ -48,6 +49,18 @@ def heads(query: torch.Tensor, key: torch.Tensor) -> None:
         )
 
 
+def lengths(query: torch.Tensor, key: torch.Tensor) -> None:
+    """Kernels hold positions in 32 bits."""
+    if torch.compiler.is_compiling():  # it would become a bound of an exported program's lengths
+        return
+    if query.shape[2] + key.shape[2] >= MAX_TOKENS:
+        longer = "key" if key.shape[2] >= query.shape[2] else "query"
+        raise ValueError(
+            f"{longer}: {query.shape[2]} queries and {key.shape[2]} keys, "
+            f"expected less than {MAX_TOKENS} tokens together"
+        )
+
+
 def query_key(query: Any, key: Any) -> None:
     """query [B, Hq, Tq, D] and key [B, Hkv, Tk, D]."""
     tensor("query", query, ("B", "Hq", "Tq", "D"), DTYPES)
@@ -56,6 +69,7 @@ def query_key(query: Any, key: Any) -> None:
     same("key", "batch size", key.shape[0], query.shape[0], "query")
     same("key", "head_dim", key.shape[3], query.shape[3], "query")
     heads(query, key)
+    lengths(query, key)
 
 
 def query_key_value(query: Any, key: Any, value: Any) -> None:

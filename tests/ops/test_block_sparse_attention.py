@@ -11,6 +11,7 @@ from sparse_attn.ops.block_sparse_attention import op
 from tests.cases import (
     DTYPES,
     FLOOR,
+    ISAS,
     RUNS,
     TRITON,
     Shape,
@@ -215,6 +216,7 @@ BAD = [
     ("key", lambda x: x[..., :8], "key: head_dim"),
     ("key", lambda x: x[:, :, :50], "value: length"),
     ("key", lambda x: x[:, :, :0], "key: dimension Tk is empty"),
+    ("key", lambda x: x[:, :, :1].expand(-1, -1, 2**31 + 128, -1), "key: 100 queries and 2147483776"),
     ("value", lambda x: x[:, :1], "value: number of heads"),
     ("value", lambda x: x.expand(2, -1, -1, -1), "value: batch size"),
     ("indices", lambda x: x.long(), "indices: expected dtype"),
@@ -257,6 +259,21 @@ def test_bad_input(backend, name, change, message):
         if backend == "cpp":  # called by itself the kernel must still not leave its tensors
             with pytest.raises(RuntimeError, match=f"{name}|{message.split(':')[0]}"):
                 torch.ops.sparse_attn.block_sparse_attention.cpp(**arguments)
+
+
+@pytest.mark.skipif(not ISAS, reason="needs the C++ extension")
+@pytest.mark.parametrize("lengths", [(1, 2**31 + 128), (2**30, 2**30 - 200)], ids=str)
+def test_the_kernel_refuses_positions_beyond_32_bits(lengths):
+    query, key = (torch.zeros(1, 1, 1, 8).expand(1, 1, n, 8) for n in lengths)
+    blocks = -(-lengths[0] // 128)
+    indices = torch.zeros(1, 1, blocks, 0, dtype=torch.int32)
+    counts = torch.zeros(1, 1, 1, dtype=torch.int32).expand(1, 1, blocks)
+    with pytest.raises(RuntimeError, match="query, key: lengths .* expected less than 2147483392"):
+        torch.ops.sparse_attn.block_sparse_attention.cpp(
+            query, key, key, indices, counts, 128, 128, sink=2**32
+        )
+    with pytest.raises(RuntimeError, match="query, key: lengths"):
+        torch.ops.sparse_attn.flex_prefill_select.cpp(query, key)
 
 
 @pytest.mark.parametrize("overload", ["default", "cpp", "reference", "triton"])

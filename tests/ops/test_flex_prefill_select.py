@@ -346,6 +346,7 @@ BAD = [
     ({"key": torch.randn(1, 2, 100, 32)}, "key: head_dim"),
     ({"key": torch.randn(1, 3, 100, 64)}, "query: 4 heads"),
     ({"key": torch.randn(1, 2, 0, 64)}, "key: dimension Tk is empty"),
+    ({"key": torch.zeros(1, 2, 1, 64).expand(1, 2, 2**31, 64)}, "key: 100 queries and 2147483648"),
     ({"query": torch.randn(4, 100, 64)}, "query: expected 4 dimensions"),
     ({"query": torch.ones(1, 4, 100, 64, dtype=torch.int32)}, "query: expected dtype"),
 ]
