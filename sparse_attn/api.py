@@ -76,6 +76,8 @@ def attention(
     backend = requested(backend)
     dense_because = selector = None
     if index is not None:
+        if not isinstance(index, BlockIndex):
+            raise TypeError(f"index: expected a BlockIndex, got {type(index).__name__}")
         selection, name = Selection(index), "index"
     else:
         config = resolve(method)

@@ -109,6 +109,15 @@ def test_the_environment_forces_a_backend(monkeypatch):
             call(query, key, value)
 
 
+@pytest.mark.parametrize("index", ["abc", (1, 2), torch.zeros(1)], ids=repr)
+def test_an_index_of_another_type_is_refused(index):
+    query, key, value = inputs(Shape(Tq=64, Tk=64))
+    with pytest.raises(
+        TypeError, match=f"index: expected a BlockIndex, got {type(index).__name__}"
+    ):
+        sparse_attn.attention(query, key, value, index=index)
+
+
 def test_an_unknown_backend_is_refused():
     query, key, value = inputs(Shape(Tq=64, Tk=64))
     for call in (sparse_attn.attention, sparse_attn.explain):

@@ -41,7 +41,7 @@ inline void check_block_sparse_attention(const Tensor& query, const Tensor& key,
     SA_CHECK(counts.size(i) == indices.size(i), "counts: shape differs from that of indices");
   SA_CHECK(sink >= 0, "sink: got ", sink, ", expected 0 or more");
   SA_CHECK(window >= 0, "window: got ", window, ", expected 0 or more");
-  SA_CHECK(std::isfinite(scale.value_or(0)), "scale: expected a finite number");
+  check_scale(scale);
 }
 
 // All but blocks, sink, window and causality.

@@ -1,5 +1,8 @@
 // The only header that includes torch: libtorch's stable ABI, short names, checks.
 #pragma once
+#include <cmath>
+#include <optional>
+
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -35,6 +38,12 @@ inline void check_lengths(const Tensor& query, const Tensor& key) {
   SA_CHECK(query.size(2) < kLimit && key.size(2) < kLimit - query.size(2),
            "query, key: lengths ", query.size(2), " and ", key.size(2), ", expected less than ",
            kLimit, " tokens together");
+}
+
+// Kernels compute in float32, where a large double is infinite.
+inline void check_scale(std::optional<double> scale) {
+  SA_CHECK(std::isfinite(static_cast<float>(scale.value_or(0))),
+           "scale: expected a number that is finite in float32");
 }
 
 // The kernels take any strides except in the last dimension.

@@ -343,6 +343,7 @@ BAD = [
     ({"variant": "paper"}, "variant: got 'paper'"),
     ({"causal": False}, "defined for causal prefill"),
     ({"scale": float("inf")}, "scale: got inf"),
+    ({"scale": 1e300}, "scale: got 1e\\+300"),
     ({"key": torch.randn(1, 2, 100, 32)}, "key: head_dim"),
     ({"key": torch.randn(1, 3, 100, 64)}, "query: 4 heads"),
     ({"key": torch.randn(1, 2, 0, 64)}, "key: dimension Tk is empty"),
@@ -367,7 +368,12 @@ def test_bad_input(backend, change, message):
 @pytest.mark.parametrize(
     "options, message",
     [
+        ({"gamma": float("nan")}, "gamma: got nan"),
+        ({"gamma": -1.0}, "gamma: got -1"),
+        ({"tau": -1.0}, "tau: got -1"),
+        ({"min_budget": -5}, "min_budget: got -5"),
         ({"max_budget": -500}, "max_budget: got -500"),
+        ({"scale": 1e300}, "scale: expected"),
         ({"scale": float("nan")}, "scale: expected"),
         ({"block_size": 129}, "block_size: got 129"),
         ({"variant": "official"}, "variant: got official"),
