@@ -1,3 +1,5 @@
+import re
+
 import pytest
 import torch
 
@@ -27,9 +29,18 @@ def test_fallback_is_reported_and_can_be_refused():
 
 
 def test_decoding_takes_the_dense_path():
-    query, key, value = inputs(Shape(Tq=1, Tk=9000))
+    query, key, value = inputs(Shape(Tq=1, Tk=20000))
     stats = sparse_attn.attention(query, key, value, return_stats=True)[1]
-    assert f"below {crossover.MIN_QUERIES} queries" in stats.fallback
+    assert re.match(r"dense is faster below \d+ queries \(1 given\)", stats.fallback)
+
+
+def test_a_crossover_that_nobody_measured_is_called_a_guess(monkeypatch):
+    query, key, value = inputs(Shape(Tq=64, Tk=300))
+    monkeypatch.setattr(crossover, "MEASURED", {"flex_prefill": {}})
+    reason = crossover.dense_is_faster("flex_prefill", "triton", query, key)
+    assert "below 16384 keys (300 given)" in reason and "not been measured on triton" in reason
+    assert crossover.dense_is_faster("dense", "triton", query, key) is None
+    assert crossover.dense_is_faster("flex_prefill", "reference", query, key) is None
 
 
 def test_explain_names_every_backend():

@@ -16,12 +16,6 @@ constexpr int kLanes = 2 * kWidth;          // queries of a lane block
 constexpr int kRegisterRows = kWidth == 16 ? 12 : 4;  // times two vectors, held in registers
 constexpr int kChunkKeys = 2 * kGroupKeys;  // keys whose scores are held at once
 
-inline const char* element(DType dtype, const void* base, const int64_t stride[3], int64_t b,
-                           int64_t h, int64_t t) {
-  return static_cast<const char*>(base) +
-         (b * stride[0] + h * stride[1] + t * stride[2]) * element_bytes(dtype);
-}
-
 // c [kCount][2 vectors] += a(row, k) * b [k][kLanes] over k < n
 template <int kCount, class Element>
 inline void multiply(Vec (&c)[kCount][2], Element a, const float* b, int64_t n) {
@@ -248,7 +242,7 @@ class FloatTile {
       float* s = s_.scores + k * kLanes + v * kWidth;
       // subtract first: the difference of two large scores is exact, that of their products not
       const Vec x = Vec::load(s);
-      const Vec e = Vec::select(Vec::greater(x, Vec::set(-INFINITY)),
+      const Vec e = Vec::select(Vec::differ(x, Vec::set(-INFINITY)),
                                 exp2((x - max) * factor), Vec::zero());
       sum = sum + e;
       e.store(s);
@@ -287,9 +281,6 @@ class FloatTile {
   int32_t first_[kChunkKeys / kGroupKeys], last_[kChunkKeys / kGroupKeys];
   int32_t lowest_[kMaxRows / kLanes], highest_[kMaxRows / kLanes];
 };
-
-int64_t nothing_packed(const Params&) { return 0; }
-void pack_nothing(const Params&, int64_t, int64_t, int64_t, int64_t, void*) {}
 
 void float_tile(const Params& p, const QueryTile& tile, const KeyGroup* groups, int64_t n,
                 const void*, void* scratch, float* partial) {
