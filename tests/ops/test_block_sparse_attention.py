@@ -12,7 +12,6 @@ from tests.cases import (
     CUDA,
     DTYPES,
     FLOOR,
-    ISAS,
     RUNS,
     TRITON,
     Shape,
@@ -346,21 +345,6 @@ def test_counts_without_capacity_are_refused(backend, count):
     counts = torch.full((1, 1, 1), count, dtype=torch.int32)
     with pytest.raises(RuntimeError, match="counts: .* larger than the capacity of indices, 0"):
         op(query, key, value, indices, counts, 64, 64, sink=9, backend=backend)
-
-
-@pytest.mark.skipif(not ISAS, reason="needs the C++ extension")
-@pytest.mark.parametrize("lengths", [(1, 2**31 + 128), (2**30, 2**30 - 200)], ids=str)
-def test_the_kernel_refuses_positions_beyond_32_bits(lengths):
-    query, key = (torch.zeros(1, 1, 1, 8).expand(1, 1, n, 8) for n in lengths)
-    blocks = -(-lengths[0] // 128)
-    indices = torch.zeros(1, 1, blocks, 0, dtype=torch.int32)
-    counts = torch.zeros(1, 1, 1, dtype=torch.int32).expand(1, 1, blocks)
-    with pytest.raises(RuntimeError, match="query, key: lengths .* expected less than 2147483392"):
-        torch.ops.sparse_attn.block_sparse_attention.cpp(
-            query, key, key, indices, counts, 128, 128, sink=2**32
-        )
-    with pytest.raises(RuntimeError, match="query, key: lengths"):
-        torch.ops.sparse_attn.flex_prefill_select.cpp(query, key)
 
 
 @pytest.mark.parametrize("overload", ["default", "cpp", "reference", "triton", "cuda"])
