@@ -13,6 +13,7 @@ import subprocess
 import sys
 import sysconfig
 from concurrent.futures import ThreadPoolExecutor
+from functools import cache
 from pathlib import Path
 
 from setuptools import Extension, setup
@@ -21,6 +22,7 @@ from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).parent.resolve()
 TORCH_TARGET_VERSION = "0x020b000000000000"  # oldest torch that can load the extension: 2.11
+OLDEST_TORCH = (2, 11)
 STABLE_HEADER = "include/torch/csrc/stable/library.h"
 
 AVX2 = ["-mavx2", "-mfma", "-mf16c"]
@@ -38,12 +40,44 @@ EXTRA_PACKAGES = {
 }
 
 
+@cache
 def torch_dir():
-    """The torch package of this interpreter; pip's build isolation hides it from `import`."""
-    places = [os.environ.get("SPARSE_ATTN_TORCH_DIR")]
-    places += [os.path.join(sysconfig.get_path(p), "torch") for p in ("platlib", "purelib")]
-    places += [os.path.join(p, "torch") for p in sys.path if p]
-    return next((Path(p) for p in places if p and (Path(p) / STABLE_HEADER).exists()), None)
+    """The torch package that this interpreter would import, or None.
+
+    pip's build isolation hides it by environment variables, which -E ignores: so it is found in
+    the site-packages of a virtual environment, of the system, of the user or of a .pth file.
+    """
+    given = os.environ.get("SPARSE_ATTN_TORCH_DIR")
+    if given:
+        return Path(given)
+    code = (
+        "from importlib.util import find_spec as f; print(getattr(f('torch'), 'origin', 0) or '')"
+    )
+    for flags in ([], ["-E"]):
+        command = [sys.executable, *flags, "-c", code]
+        origin = subprocess.run(command, capture_output=True, text=True, cwd=sys.prefix).stdout
+        if origin.strip():
+            return Path(origin.strip()).parent
+    return None
+
+
+def why_no_torch():
+    folder, again = torch_dir(), "then reinstall"
+    if folder is None:
+        return f"no torch at build time: install torch>=2.11 or set SPARSE_ATTN_TORCH_DIR, {again}"
+    version = folder / "version.py"
+    found = re.search(r"__version__ = ['\"]((\d+)\.(\d+)[^'\"]*)", read(version))
+    if found is None:
+        return f"no torch in {folder}, where SPARSE_ATTN_TORCH_DIR points: correct it, {again}"
+    if (int(found[2]), int(found[3])) < OLDEST_TORCH:
+        return f"torch {found[1]} in {folder}, needed is torch>=2.11: upgrade it, {again}"
+    if not (folder / STABLE_HEADER).exists():
+        return f"torch in {folder} has no C++ headers: install a wheel of PyTorch's, {again}"
+    return None
+
+
+def read(path):
+    return path.read_text() if path.exists() else ""
 
 
 def has_compiler():
@@ -82,9 +116,11 @@ def gpu_code(archs):
 
 def why_no_cpu(wanted):
     if wanted == "none":
-        return "SPARSE_ATTN_BUILD=none"
-    if torch_dir() is None:
-        return "no torch>=2.11 in this interpreter at build time: install torch, then reinstall"
+        return "SPARSE_ATTN_BUILD=none at build time: unset it, then reinstall"
+    if sysconfig.get_config_var("Py_GIL_DISABLED"):
+        return "this Python is free-threaded: install in one with the GIL"
+    if why_no_torch():
+        return why_no_torch()
     if not has_compiler():
         return "no C++ compiler at build time: install g++ or clang, then reinstall"
     return None
@@ -92,7 +128,7 @@ def why_no_cpu(wanted):
 
 def why_no_cuda(wanted):
     if wanted == "cpu":
-        return "SPARSE_ATTN_BUILD=cpu"
+        return "SPARSE_ATTN_BUILD=cpu at build time: unset it, then reinstall"
     if why_no_cpu(wanted):
         return why_no_cpu(wanted)
     if wanted == "auto" and not (torch_dir() / "lib" / "libtorch_cuda.so").exists():
@@ -219,12 +255,11 @@ def extension(name, sources, **options):
     return Extension(
         f"sparse_attn.{name}",
         ["csrc/module.cpp", *sorted(str(p.relative_to(ROOT)) for p in sources)],
-        include_dirs=[str(torch / "include"), sysconfig.get_path("include")],
+        include_dirs=[str(torch / "include")],
         library_dirs=[str(torch / "lib")],
         libraries=["torch", "torch_cpu"],
         define_macros=[
             ("TORCH_TARGET_VERSION", TORCH_TARGET_VERSION),
-            ("Py_LIMITED_API", "0x030a0000"),
             ("SA_MODULE", name),
         ],
         py_limited_api=True,

@@ -13,16 +13,25 @@ from .methods import Selection, resolve
 from .methods.dense import Dense
 from .ops import _checks as check
 from .ops.block_sparse_attention import op as attend
-from .registry import BACKENDS, OPS
+from .registry import BACKENDS, OPS, Op, requested
 
 
 class Stats(NamedTuple):
-    """What a call did: the backend, the share of visible blocks computed, why it was dense."""
+    """What a call did.
+
+    Attributes:
+        method: its name, or "index".
+        backend: the one that attended.
+        density: share of the visible blocks that was computed.
+        fallback: why the dense path was taken, None if it was not.
+        selected_by: the backend that chose the blocks, None where no operator chose any.
+    """
 
     method: str
     backend: str
     density: float
     fallback: str | None
+    selected_by: str | None
 
 
 def attention(
@@ -64,15 +73,19 @@ def attention(
     """
     query, key, value = attend.cast(query, key, value)
     check.query_key_value(query, key, value)
-    dense_because = None
+    backend = requested(backend)
+    dense_because = selector = None
     if index is not None:
+        if not isinstance(index, BlockIndex):
+            raise TypeError(f"index: expected a BlockIndex, got {type(index).__name__}")
         selection, name = Selection(index), "index"
     else:
         config = resolve(method)
         name = config.name
         dense_because = _dense_because(config, query, key, causal, fallback, backend)
-        selector = config if dense_because is None else Dense()
-        selection = selector.select(query, key, causal=causal, scale=scale, backend=backend)
+        config = config if dense_because is None else Dense()
+        selector = config.selector(query, key, causal, scale)
+        selection = config.select(query, key, causal=causal, scale=scale, backend=backend)
     chosen, sink, window = selection
     out, lse = attend(query, key, value, *chosen, causal, sink, window, scale, backend=backend)
     results = [out]
@@ -86,6 +99,7 @@ def attention(
                 attend.select(args, backend).backend,
                 _density(selection, query.shape[2], key.shape[2], causal),
                 dense_because,
+                selector and selector[0].select(selector[1], backend).backend,
             )
         )
     return results[0] if len(results) == 1 else tuple(results)
@@ -111,13 +125,15 @@ def _dense_because(
         raise NotImplementedError(f"method {config.name!r} cannot serve this call: {reason}")
     if not fallback:
         return None
-    return dense_is_faster(config.name, backend or _backend_for(query), query, key)
+    return dense_is_faster(config.name, backend or _backend_for(query, key), query, key)
 
 
-def _backend_for(query: torch.Tensor) -> str:
-    """The backend that attends where none was asked for."""
-    row = next((i for i in attend.impls if i.is_for(query.device.type) and not i.missing), None)
-    return row.backend if row is not None else "reference"
+def _backend_for(query: torch.Tensor, key: torch.Tensor) -> str:
+    """The backend that attends where none was asked for, of those that may differ in speed."""
+    for row in attend.impls:
+        if row.is_for(query.device.type) and not row.missing and row.when(query, key, key) is True:
+            return row.backend
+    return "reference"
 
 
 def select(
@@ -131,6 +147,7 @@ def select(
 ) -> BlockIndex:
     """The blocks a method would attend to: look before you attend, reuse across steps or layers."""
     check.query_key(query, key)
+    backend = requested(backend)
     config = resolve(method)
     reason = config.why_not(query, key, causal)
     if reason is not None:
@@ -155,7 +172,9 @@ def explain(
     fallback: bool = True,
 ) -> str:
     """In words: what `attention` would do with these arguments, and why not otherwise."""
+    query, key, value = attend.cast(query, key, value)
     check.query_key_value(query, key, value)
+    backend = requested(backend)
     config = resolve(method)
     lines = [f"method {config.name}: {config}"]
     reason = config.why_not(query, key, causal)
@@ -164,16 +183,26 @@ def explain(
     dense = _dense_because(config, query, key, causal, fallback, backend)
     if dense is not None:
         lines.append(f"takes the dense path: {dense} (fallback=False forces the method)")
+    selector = config.selector(query, key, causal, None) if dense is None else None
+    if selector is not None:
+        lines += _explain_op(*selector, backend)
     index = Dense().select(query, key).index
     args = attend.bind(query, key, value, *index, causal, key.shape[2])
-    reasons = attend.reasons(args)
-    device = query.device.type
-    ready = (i.backend for i in attend.impls if i.is_for(device) and reasons[i.backend] is None)
-    chosen = backend or next(ready, None)
+    return "\n".join([*lines, *_explain_op(attend, args, backend)])
+
+
+def _explain_op(op: Op, args: tuple[Any, ...], backend: str | None) -> list[str]:
+    """An operator's backends: which one serves the call, and why not the others."""
+    reasons = op.reasons(args)
+    try:
+        used = op.select(args, backend).backend
+    except NotImplementedError:
+        used = None
+    spare = "could serve, is not preferred" if backend is None else f"{backend} was asked for"
+    lines = [f"{op.name}:" if used else f"{op.name}: raises NotImplementedError"]
     for name in BACKENDS:
-        verdict = "used" if name == chosen and reasons[name] is None else reasons[name]
-        lines.append(f"  {name}: {verdict or 'could serve, is not preferred'}")
-    return "\n".join(lines)
+        lines.append(f"  {name}: {'used' if name == used else reasons[name] or spare}")
+    return lines
 
 
 def backends() -> dict[str, dict[str, str | None]]:

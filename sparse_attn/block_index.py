@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
+from .ops import _checks as check
 from .reference.block_sparse_attention import block_mask, check_index
 
 if TYPE_CHECKING:
@@ -40,6 +41,10 @@ class BlockIndex(NamedTuple):
             raise ValueError(
                 f"mask: expected bool [B, H, Mq, Nk], got {mask.dtype} {tuple(mask.shape)}"
             )
+        check.block_size("q_block", q_block)
+        check.block_size("kv_block", kv_block)
+        if max_blocks is not None:
+            check.not_negative("max_blocks", max_blocks)
         counts = mask.sum(-1, dtype=torch.int32)
         indices = mask.to(torch.int8).argsort(dim=-1, descending=True, stable=True)
         if max_blocks is not None and max_blocks < mask.shape[-1]:
@@ -54,6 +59,8 @@ class BlockIndex(NamedTuple):
         cls, n_queries: int, n_keys: int, q_block: int = 128, kv_block: int = 128, **factory: Any
     ) -> BlockIndex:
         """Lists every causally visible block, [1, 1, Mq, Nk]; `factory` goes to torch.arange."""
+        check.block_size("q_block", q_block)
+        check.block_size("kv_block", kv_block)
         n_blocks = -(-n_keys // kv_block)
         last = torch.arange(-(-n_queries // q_block), **factory) * q_block + q_block - 1
         last = last.clamp(max=n_queries - 1) + n_keys - n_queries
@@ -61,8 +68,19 @@ class BlockIndex(NamedTuple):
         return cls.from_mask((block * kv_block <= last[:, None])[None, None], q_block, kv_block)
 
     def to_mask(self, n_keys: int) -> torch.Tensor:
-        """The listed blocks as bool [B, H', Mq, ceil(n_keys / kv_block)]."""
-        return block_mask(self.indices, self.counts, -(-n_keys // self.kv_block))
+        """The listed blocks as bool [B, H', Mq, ceil(n_keys / kv_block)].
+
+        ValueError if a listed block lies beyond the keys; this check reads the device.
+        """
+        n_blocks = -(-n_keys // self.kv_block)
+        listed = torch.arange(self.indices.shape[-1], device=self.indices.device)
+        beyond = (listed < self.counts[..., None]) & (self.indices >= n_blocks)
+        if beyond.any():
+            raise ValueError(
+                f"n_keys: got {n_keys}, {n_blocks} blocks of {self.kv_block}, but block "
+                f"{int(self.indices[beyond].max())} is listed"
+            )
+        return block_mask(self.indices, self.counts, n_blocks)
 
     def validate(self, n_queries: int, n_keys: int) -> None:
         """Raises ValueError or RuntimeError unless the index is legal for these lengths."""
@@ -71,9 +89,8 @@ class BlockIndex(NamedTuple):
                 raise ValueError(
                     f"{name}: expected int32 with {rank} dimensions, got {x.dtype} {tuple(x.shape)}"
                 )
-        for name, size in (("q_block", self.q_block), ("kv_block", self.kv_block)):
-            if not 1 <= size <= 128:
-                raise ValueError(f"{name}: got {size}, expected 1 to 128")
+        check.block_size("q_block", self.q_block)
+        check.block_size("kv_block", self.kv_block)
         if self.counts.shape != self.indices.shape[:3]:
             raise ValueError(
                 f"counts: shape {tuple(self.counts.shape)}, expected "

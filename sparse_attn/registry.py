@@ -230,9 +230,7 @@ class Op:
 
     def select(self, args: tuple[Any, ...], backend: str | None = None) -> Impl:
         """The implementation that serves a call; raises with every reason if there is none."""
-        backend = backend or env.forced_backend()
-        if backend is not None and backend not in BACKENDS:
-            raise ValueError(f"backend: got {backend!r}, expected one of {sorted(BACKENDS)}")
+        backend = requested(backend)
         reasons = self.reasons(args)
         device = args[0].device.type
         for row in self.impls:
@@ -251,6 +249,16 @@ class Op:
 
     def _run_default(self, *args: Any) -> Any:
         return self(*args)
+
+
+def requested(backend: str | None) -> str | None:
+    """The backend asked for by the argument, else by SPARSE_ATTN_BACKEND; None leaves it open."""
+    for name, asked in (("backend", backend), ("SPARSE_ATTN_BACKEND", env.forced_backend())):
+        if asked is not None and asked not in BACKENDS:
+            raise ValueError(f"{name}: got {asked!r}, expected one of {sorted(BACKENDS)}")
+        if asked is not None:
+            return asked
+    return None
 
 
 def _describe(args: tuple[Any, ...]) -> str:

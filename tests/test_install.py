@@ -3,6 +3,8 @@ import os
 import shutil
 import subprocess
 import sys
+import sysconfig
+import venv
 import zipfile
 from pathlib import Path
 
@@ -96,6 +98,15 @@ print("registered:", torch._C._dispatch_has_kernel_for_dispatch_key(name, "CUDA"
         ({"SPARSE_ATTN_BUILD": "cuda", "CUDA_HOME": "/nowhere"}, "cuda, but no nvcc at build time"),
         ({"SPARSE_ATTN_BUILD": "cuda", "SPARSE_ATTN_CUDA_ARCHS": "hopper"}, "got 'hopper'"),
         ({}, "this torch has no CUDA"),
+        ({"SPARSE_ATTN_BUILD": "none"}, "CPU extension: skipped, SPARSE_ATTN_BUILD=none at build"),
+        (
+            {"SPARSE_ATTN_BUILD": "cpu", "SPARSE_ATTN_TORCH_DIR": "/nowhere"},
+            "SPARSE_ATTN_BUILD=cpu, but no torch in /nowhere, where SPARSE_ATTN_TORCH_DIR points",
+        ),
+        (
+            {"PATH": "/nowhere", "CXX": ""},
+            "CPU extension: skipped, no C++ compiler at build time: ",
+        ),
     ],
 )
 def test_what_is_built(tmp_path, env, message):
@@ -104,8 +115,63 @@ def test_what_is_built(tmp_path, env, message):
         pytest.skip("this torch has CUDA: auto builds it")
     if "SPARSE_ATTN_CUDA_ARCHS" in env and shutil.which("nvcc") is None:
         pytest.skip("no nvcc on PATH")
+    assert message in plan_of(copy(tmp_path), **env)
+
+
+def plan_of(source, python=sys.executable, **env):
+    """What setup.py says that it will build."""
     done = subprocess.run(
-        [sys.executable, "setup.py", "-q", "--name"],
-        cwd=copy(tmp_path), env={**os.environ, **env}, capture_output=True, text=True,
+        [python, "setup.py", "-q", "--name"],
+        cwd=source, env={**os.environ, **env}, capture_output=True, text=True,
     )  # fmt: skip
-    assert message in done.stdout + done.stderr
+    return done.stdout + done.stderr
+
+
+def fake_torch(folder, version):
+    (folder / "torch").mkdir(parents=True)
+    (folder / "torch" / "__init__.py").touch()
+    (folder / "torch" / "version.py").write_text(f"__version__ = '{version}'\n")
+    return folder
+
+
+@pytest.mark.parametrize(
+    "version, message",
+    [("2.10.1+cpu", "needed is torch>=2.11: upgrade it"), ("2.11.0", "has no C++ headers")],
+)
+def test_a_torch_that_cannot_be_built_against(tmp_path, version, message):
+    folder = fake_torch(tmp_path / "site", version) / "torch"
+    text = plan_of(copy(tmp_path), SPARSE_ATTN_TORCH_DIR=str(folder))
+    assert f"in {folder}" in text and message in text
+
+
+def test_torch_is_found_under_build_isolation(tmp_path):
+    """Wherever this interpreter has it, here by a .pth file; isolation works by PYTHONPATH."""
+    venv.create(tmp_path / "venv", symlinks=True)
+    (site,) = (tmp_path / "venv").glob("lib/python*/site-packages")
+    site.joinpath("a.pth").write_text(f"{fake_torch(tmp_path / 'elsewhere', '2.10.0')}\n")
+    site.joinpath("b.pth").write_text(f"{sysconfig.get_path('purelib')}\n")  # setuptools
+    blocked = tmp_path / "isolation" / "sitecustomize.py"
+    blocked.parent.mkdir()
+    blocked.write_text("import sys\nsys.modules['torch'] = None\n")
+    text = plan_of(
+        copy(tmp_path), tmp_path / "venv" / "bin" / "python", PYTHONPATH=str(blocked.parent)
+    )
+    assert f"torch 2.10.0 in {tmp_path / 'elsewhere' / 'torch'}, needed is torch>=2.11" in text
+
+
+def test_no_headers_of_python_are_needed():
+    """Many machines have Python without them."""
+    compiler = shutil.which("c++") or pytest.skip("no C++ compiler")
+    module = ROOT / "csrc" / "module.cpp"
+    subprocess.run([compiler, "-std=c++20", "-fsyntax-only", module], check=True)
+
+
+def test_what_was_not_built_says_what_helps(tmp_path):
+    """`info` of a package that was built without its extension."""
+    source = copy(tmp_path)
+    assert "skipped" in plan_of(source, SPARSE_ATTN_BUILD="none")
+    text = subprocess.run(
+        [sys.executable, "-m", "sparse_attn", "info"], cwd=source, check=True,
+        env={**os.environ, "PYTHONPATH": str(source)}, capture_output=True, text=True,
+    ).stdout  # fmt: skip
+    assert "not built (SPARSE_ATTN_BUILD=none at build time: unset it, then reinstall)" in text

@@ -25,6 +25,7 @@ inline void check_block_sparse_attention(const Tensor& query, const Tensor& key,
                value.size(2) == key.size(2),
            "value: batch size, number of heads or length differs from key's");
   SA_CHECK(query.size(1) % key.size(1) == 0, "query: heads are no multiple of key's");
+  check_lengths(query, key);
   SA_CHECK(q_block >= 1 && q_block <= 128, "q_block: got ", q_block, ", expected 1 to 128");
   SA_CHECK(kv_block >= 1 && kv_block <= 128, "kv_block: got ", kv_block, ", expected 1 to 128");
   SA_CHECK(indices.dim() == 4 && indices.scalar_type() == ScalarType::Int,
@@ -40,7 +41,7 @@ inline void check_block_sparse_attention(const Tensor& query, const Tensor& key,
     SA_CHECK(counts.size(i) == indices.size(i), "counts: shape differs from that of indices");
   SA_CHECK(sink >= 0, "sink: got ", sink, ", expected 0 or more");
   SA_CHECK(window >= 0, "window: got ", window, ", expected 0 or more");
-  SA_CHECK(std::isfinite(scale.value_or(0)), "scale: expected a finite number");
+  check_scale(scale);
 }
 
 // All but blocks, sink, window and causality.

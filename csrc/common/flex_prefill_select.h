@@ -10,8 +10,9 @@
 namespace sparse_attn {
 
 // A call through torch.ops has not been checked by anybody.
-inline void check_flex_prefill_select(const Tensor& query, const Tensor& key, int64_t block,
-                                      std::optional<int64_t> max_budget,
+inline void check_flex_prefill_select(const Tensor& query, const Tensor& key, double gamma,
+                                      double tau, int64_t min_budget,
+                                      std::optional<int64_t> max_budget, int64_t block,
                                       const std::string& variant, bool causal,
                                       std::optional<double> scale) {
   SA_CHECK(query.dim() == 4 && query.numel() > 0, "query: expected [B, Hq, Tq, D], not empty");
@@ -20,9 +21,13 @@ inline void check_flex_prefill_select(const Tensor& query, const Tensor& key, in
   SA_CHECK(key.size(0) == query.size(0) && key.size(3) == query.size(3),
            "key: batch size or head_dim differs from query's");
   SA_CHECK(query.size(1) % key.size(1) == 0, "query: heads are no multiple of key's");
+  check_lengths(query, key);
   SA_CHECK(block >= 1 && block <= 128, "block_size: got ", block, ", expected 1 to 128");
+  SA_CHECK(gamma > 0, "gamma: got ", gamma, ", expected more than 0");
+  SA_CHECK(tau >= 0, "tau: got ", tau, ", expected 0 or more");
+  SA_CHECK(min_budget >= 0, "min_budget: got ", min_budget, ", expected 0 or more");
   SA_CHECK(max_budget.value_or(1) >= 1, "max_budget: got ", *max_budget, ", expected 1 or more");
-  SA_CHECK(std::isfinite(scale.value_or(0)), "scale: expected a finite number");
+  check_scale(scale);
   SA_CHECK(variant == "exact", "variant: got ", variant, ", this kernel serves exact");
   SA_CHECK(causal, "causal: FlexPrefill is defined for causal prefill");
 }

@@ -1,5 +1,8 @@
 // The only header that includes torch: libtorch's stable ABI, short names, checks.
 #pragma once
+#include <cmath>
+#include <optional>
+
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -27,6 +30,20 @@ inline DType dtype_of(const Tensor& t, const char* name) {
     case ScalarType::BFloat16: return DType::bf16;
     default: SA_CHECK(false, name, ": expected float32, float16 or bfloat16"); return DType::f32;
   }
+}
+
+// Kernels hold positions, and positions plus a group of keys, in 32 bits.
+inline void check_lengths(const Tensor& query, const Tensor& key) {
+  constexpr int64_t kLimit = (int64_t{1} << 31) - 256;
+  SA_CHECK(query.size(2) < kLimit && key.size(2) < kLimit - query.size(2),
+           "query, key: lengths ", query.size(2), " and ", key.size(2), ", expected less than ",
+           kLimit, " tokens together");
+}
+
+// Kernels compute in float32, where a large double is infinite.
+inline void check_scale(std::optional<double> scale) {
+  SA_CHECK(std::isfinite(static_cast<float>(scale.value_or(0))),
+           "scale: expected a number that is finite in float32");
 }
 
 // The kernels take any strides except in the last dimension.

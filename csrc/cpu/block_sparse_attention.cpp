@@ -76,7 +76,6 @@ std::vector<Work> make_tiles(const Params& p) {
 }
 
 void check_index(const Params& p) {
-  if (p.K == 0) return;
   const int64_t blocks = (p.Tk + p.kv_block - 1) / p.kv_block, rows = p.B * p.Hi * p.Mq;
   std::atomic<int64_t> bad_count{-1}, bad_row{-1};
   torch::stable::parallel_for(0, rows, 64, [&](int64_t begin, int64_t end) {

@@ -355,7 +355,8 @@ std::tuple<Tensor, Tensor, Tensor> flex_prefill_select(
     Tensor query, Tensor key, double gamma, double tau, int64_t min_budget,
     std::optional<int64_t> max_budget, int64_t block_size, std::string variant, bool causal,
     std::optional<double> scale) {
-  check_flex_prefill_select(query, key, block_size, max_budget, variant, causal, scale);
+  check_flex_prefill_select(query, key, gamma, tau, min_budget, max_budget, block_size, variant,
+                            causal, scale);
   SA_CHECK(query.is_cpu() && key.is_cpu(), "query, key: expected CPU tensors");
   query = last_dim_contiguous(query), key = last_dim_contiguous(key);
   const Params p = flex_prefill_params(query, key, block_size, scale);

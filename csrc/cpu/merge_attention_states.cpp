@@ -20,14 +20,16 @@ void merge_rows(const MergeAttentionStatesParams& p) {
       };
       const float x = p.lse_a[at(p.lse_a_stride)], y = p.lse_b[at(p.lse_b_stride)];
       const float top = std::max(x, y);
-      const bool none = top == -std::numeric_limits<float>::infinity();
+      constexpr float kEmpty = -std::numeric_limits<float>::infinity();
+      const bool none = top == kEmpty;
       const float wx = none ? 0 : std::exp(x - top), wy = none ? 0 : std::exp(y - top);
       const float sum = wx + wy, fx = none ? 0 : wx / sum, fy = none ? 0 : wy / sum;
       p.lse[r] = none ? top : top + std::log(sum);
       const T *ra = a + at(p.out_a_stride), *rb = b + at(p.out_b_stride);
+      // an empty side is not read: whatever its row holds, the other is taken
       for (int64_t d = 0; d < p.Dv; ++d)
-        to[r * p.Dv + d] = static_cast<T>(fx * static_cast<float>(ra[d]) +
-                                          fy * static_cast<float>(rb[d]));
+        to[r * p.Dv + d] = static_cast<T>((x == kEmpty ? 0 : fx * static_cast<float>(ra[d])) +
+                                          (y == kEmpty ? 0 : fy * static_cast<float>(rb[d])));
     }
   });
 }

@@ -31,7 +31,8 @@ std::tuple<Tensor, Tensor, Tensor> flex_prefill_select(
     Tensor query, Tensor key, double gamma, double tau, int64_t min_budget,
     std::optional<int64_t> max_budget, int64_t block_size, std::string variant, bool causal,
     std::optional<double> scale) {
-  check_flex_prefill_select(query, key, block_size, max_budget, variant, causal, scale);
+  check_flex_prefill_select(query, key, gamma, tau, min_budget, max_budget, block_size, variant,
+                            causal, scale);
   SA_CHECK(key.get_device_index() == query.get_device_index(), "key: not on query's device");
   SA_CHECK(query.size(3) % 8 == 0 && query.size(3) <= 256, "query: head_dim ", query.size(3),
            ", expected a multiple of 8 up to 256");

@@ -31,8 +31,12 @@ __global__ void __launch_bounds__(128)
     const Elements from_a = *reinterpret_cast<const Elements*>(a + d);
     const Elements from_b = *reinterpret_cast<const Elements*>(b + d);
     Elements to;
-    for (int e = 0; e < kVector; ++e)
-      to[e] = from_float<T>(share_a * to_float(from_a[e]) + share_b * to_float(from_b[e]));
+    for (int e = 0; e < kVector; ++e) {
+      // whatever the row of an empty side holds, the other is taken
+      const float part_a = x == -kInfinity ? 0.f : share_a * to_float(from_a[e]);
+      const float part_b = y == -kInfinity ? 0.f : share_b * to_float(from_b[e]);
+      to[e] = from_float<T>(part_a + part_b);
+    }
     *reinterpret_cast<Elements*>(out + d) = to;
   }
 }

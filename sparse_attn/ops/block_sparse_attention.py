@@ -31,8 +31,8 @@ def _(query, key, value, indices, counts, q_block, kv_block, causal=True, sink=0
 @op.validate
 def _(query, key, value, indices, counts, q_block, kv_block, causal, sink, window, scale):
     check.query_key_value(query, key, value)
-    check.between("q_block", q_block, 1, 128)
-    check.between("kv_block", kv_block, 1, 128)
+    check.block_size("q_block", q_block)
+    check.block_size("kv_block", kv_block)
     check.tensor("indices", indices, ("B", "Hi", "Mq", "K"), (torch.int32,))
     check.tensor("counts", counts, ("B", "Hi", "Mq"), (torch.int32,))
     for name, x in (("indices", indices), ("counts", counts)):

@@ -41,9 +41,31 @@ def test_keeps_more_mass_than_the_official_variant_on_peaked_heads():
     assert mass > max(m for m, d in rivals if d <= density * 1.05)
 
 
-def test_config_checks_itself():
-    with pytest.raises(ValueError, match="gamma"):
-        FlexPrefill(gamma=-1)
+@pytest.mark.parametrize(
+    "name, value, expected",
+    [
+        ("gamma", -1, "more than 0"),
+        ("gamma", "a", "a number"),
+        ("gamma", None, "a number"),
+        ("tau", "x", "a number"),
+        ("min_budget", "a", "an integer"),
+        ("min_budget", 1.5, "an integer"),
+        ("min_budget", 2**64, "0 to 9223372036854775807"),
+        ("max_budget", 1.5, "an integer"),
+        ("max_budget", 2**64, "1 to 9223372036854775807"),
+        ("block_size", "64", "an integer"),
+        ("block_size", 64.0, "an integer"),
+        ("block_size", True, "an integer"),
+    ],
+)
+def test_config_checks_itself(name, value, expected):
+    with pytest.raises(
+        (ValueError, TypeError), match=f"{name}: got {value!r}, expected {expected}"
+    ):
+        FlexPrefill(**{name: value})
+
+
+def test_config_is_frozen():
     with pytest.raises(AttributeError):
         FlexPrefill().gamma = 1
     assert FlexPrefill.name == "flex_prefill"

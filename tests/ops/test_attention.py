@@ -34,6 +34,12 @@ def test_cuda_kernels_serve_it(method):
         ("dense", "{", "options: expected a JSON object"),
         ("flex_prefill", '{"gama": 1}', "options: flex_prefill does not take"),
         ("flex_prefill", '{"gamma": -1}', "gamma: got -1"),
+        ("flex_prefill", '{"block_size": 1.5}', "options: .* block_size: got 1.5, expected an int"),
+        (
+            "flex_prefill",
+            '{"min_budget": null}',
+            "options: .* min_budget: got None, expected an int",
+        ),
     ],
 )
 def test_bad_method(method, options, message):

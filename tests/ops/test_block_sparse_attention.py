@@ -273,6 +273,11 @@ BAD = [
     ("key", lambda x: x[..., :8], "key: head_dim"),
     ("key", lambda x: x[:, :, :50], "value: length"),
     ("key", lambda x: x[:, :, :0], "key: dimension Tk is empty"),
+    (
+        "key",
+        lambda x: x[:, :, :1].expand(-1, -1, 2**31 + 128, -1),
+        "key: 100 queries and 2147483776",
+    ),
     ("value", lambda x: x[:, :1], "value: number of heads"),
     ("value", lambda x: x.expand(2, -1, -1, -1), "value: batch size"),
     ("indices", lambda x: x.long(), "indices: expected dtype"),
@@ -290,6 +295,7 @@ BAD = [
     ("window", lambda x: -1, "window: got -1"),
     ("scale", lambda x: float("nan"), "scale: got nan"),
     ("scale", lambda x: float("inf"), "scale: got inf"),
+    ("scale", lambda x: 1e300, "scale: got 1e\\+300"),
 ]
 
 
@@ -315,6 +321,30 @@ def test_bad_input(backend, name, change, message):
         if backend == "cpp":  # called by itself the kernel must still not leave its tensors
             with pytest.raises(RuntimeError, match=f"{name}|{message.split(':')[0]}"):
                 torch.ops.sparse_attn.block_sparse_attention.cpp(**arguments)
+
+
+@pytest.mark.parametrize(
+    "name, value, expected",
+    [
+        ("q_block", 16.5, "an integer"),
+        ("sink", "all", "an integer"),
+        ("window", None, "an integer"),
+        ("scale", "x", "a number"),
+    ],
+)
+def test_wrong_types_are_named(name, value, expected):
+    with pytest.raises(TypeError, match=f"{name}: got {value!r}, expected {expected}"):
+        op(**legal() | {name: value})
+
+
+@pytest.mark.parametrize("backend", ["cpp", "reference"])
+@pytest.mark.parametrize("count", [5, -1])
+def test_counts_without_capacity_are_refused(backend, count):
+    query, key, value = inputs(Shape(Tq=64, Tk=64))
+    indices = torch.zeros(1, 1, 1, 0, dtype=torch.int32)
+    counts = torch.full((1, 1, 1), count, dtype=torch.int32)
+    with pytest.raises(RuntimeError, match="counts: .* larger than the capacity of indices, 0"):
+        op(query, key, value, indices, counts, 64, 64, sink=9, backend=backend)
 
 
 @pytest.mark.parametrize("overload", ["default", "cpp", "reference", "triton", "cuda"])

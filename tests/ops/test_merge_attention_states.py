@@ -34,6 +34,18 @@ def test_parity(run, dtype):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("run", RUNS, ids=str)
+def test_an_empty_side_may_hold_anything(run, dtype):
+    """A row with lse -inf takes the other side, whatever was left in its out."""
+    args = states(dtype)
+    want = call(op, run, *args)
+    for out, lse, junk in ((args[0], args[1], torch.nan), (args[2], args[3], torch.inf)):
+        out[lse == -torch.inf] = junk
+    got = call(op, run, *args)
+    assert torch.equal(got[0], want[0]) and torch.equal(got[1], want[1])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("run", RUNS, ids=str)
 def test_joins_disjoint_keys(run, dtype):
     query, key, value = inputs(Shape(Tq=70, Tk=192), torch.float32)
     whole = BlockIndex.full(70, 192, 64, 64)

@@ -38,6 +38,8 @@ def why_not() -> str | None:
         return "the SIMT executor needs g++"
     if importlib.util.find_spec("pybind11") is None:
         return "the SIMT executor needs pybind11: pip install pybind11"
+    if not Path(sysconfig.get_path("include"), "Python.h").exists():
+        return "the SIMT executor needs Python's headers: install python3-dev"
     return None
 
 
