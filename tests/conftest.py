@@ -29,8 +29,10 @@ def seed():
 
 
 def pytest_collection_modifyitems(items):
-    """Shows what needs Triton as skipped, with the reason, where there is none."""
+    """Shows what needs Triton or a GPU as skipped, with the reason, where there is none."""
     for item in items:
+        if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+            item.add_marker(pytest.mark.skip(reason="no CUDA device"))
         values = item.callspec.params.values() if hasattr(item, "callspec") else ()
         triton = item.get_closest_marker("triton") or {"triton", TRITON} & {
             v for v in values if isinstance(v, (str, tuple))
