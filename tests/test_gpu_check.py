@@ -1,4 +1,4 @@
-"""The script for a GPU, run without one: every part at tiny sizes, and what happens to bad parts."""
+"""The script for a GPU, run without one: each part at tiny sizes, and what becomes of bad parts."""
 
 import json
 import os

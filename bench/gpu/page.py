@@ -13,19 +13,21 @@ PAGE = ROOT / "docs" / "gpu.md"
 
 INTRODUCTION = """# On a GPU
 
-Made by `python -m bench gpu_page` from `bench/results/gpu_check.json` and `bench/results/aot.json`.
+Made by `python -m bench gpu_page` from `gpu_check.json` and `aot.json` in `bench/results`.
 
 ## Measured
 
 """
 
-NOTHING = """Nothing: no GPU was at hand. The Triton kernels have run under Triton's interpreter only, where they pass the same
-tests as the CPU kernels; everything below was found without a GPU. The tests that need one are shown as skipped.
+NOTHING = """Nothing: no GPU was at hand. The Triton kernels have run under Triton's interpreter only,
+where they pass the same tests as the CPU kernels; what follows was found without a GPU. Tests that
+need one are shown as skipped.
 """
 
 COMMANDS = """
-`python bench/gpu_check.py` builds, checks and measures everything on one GPU in 8 minutes, in a checkout with PyTorch ≥ 2.11 and
-Triton and nothing else installed. Each part is a process of its own; what fails is reported and the rest goes on.
+`python bench/gpu_check.py` builds, checks and measures everything on one GPU in 8 minutes, in a
+checkout with PyTorch ≥ 2.11 and Triton and nothing installed. Each part is a process of its own:
+what fails is reported, and the rest goes on.
 
 | option | |
 |---|---|
@@ -39,10 +41,12 @@ Triton and nothing else installed. Each part is a process of its own; what fails
 FIRST_CALL = """
 ## The first call
 
-Tile sizes stand in one table per architecture (`triton_kernels/configs.py`): the first call of an operator compiles one
-configuration of each kernel it launches and tries no others. Lengths and batch sizes compile nothing anew, but for few steps:
-decode, too few tiles to fill the GPU, more than 128 blocks. `sparse_attn.warmup(n_heads, n_key_heads, head_dim)` makes these calls
-beforehand; Triton keeps what it compiled on disk. Capture CUDA graphs after it. Processor seconds to compile, sm_90, bf16, D = 128:
+Tile sizes stand in one table per architecture (`triton_kernels/configs.py`). The first call of an
+operator compiles one configuration of each kernel it launches and tries no others. Lengths and
+batch sizes compile nothing anew, but for a few steps: decode, too few tiles to fill the GPU, more
+than 128 blocks. `sparse_attn.warmup(n_heads, n_key_heads, head_dim)` makes these calls beforehand;
+Triton keeps what it compiled on disk. Capture CUDA graphs after it. Seconds of one processor to
+compile for sm_90:
 
 | call | kernels | seconds |
 |---|---|---|
@@ -51,9 +55,10 @@ beforehand; Triton keeps what it compiled on disk. Capture CUDA graphs after it.
 AHEAD = """
 ## Compiled ahead of time
 
-Registers per thread / bytes spilled per thread / shared memory per block, from `python -m bench aot`, which compiles every
-configuration for GPUs that are not here and fails above {spill} spilled bytes or above the shared memory of the architecture
-({limits}). Kernels of a case that are compiled more than once: the most demanding. float16 equals bf16 within a few registers.
+Registers per thread / bytes spilled per thread / shared memory per block, from
+`python -m bench aot`. It compiles every configuration for GPUs that are not here and fails above
+{spill} spilled bytes or above the shared memory of the architecture ({limits}). Where a case
+compiles a kernel more than once, the most demanding. float16 is within a few registers of bf16.
 
 | case | kernel | {archs} |
 |---|---|{rule}
