@@ -5,6 +5,7 @@ from __future__ import annotations
 from contextlib import contextmanager
 from dataclasses import dataclass
 
+import pytest
 import torch
 
 from sparse_attn import cpu_isa
@@ -42,6 +43,14 @@ def call(op, run, *args, **options):
     with instruction_set(isa):
         results = op(*map(move, args), **{k: move(x) for k, x in options.items()}, backend=backend)
     return tuple(x.cpu() for x in results)
+
+
+def opcheck(overload, args):
+    """torch.library.opcheck, on the GPU for overloads that need one where there is one."""
+    pytest.importorskip("expecttest", reason="opcheck needs expecttest")
+    if torch.cuda.is_available() and overload._overloadname in ("triton", "cuda"):
+        args = [x.cuda() if isinstance(x, torch.Tensor) else x for x in args]
+    torch.library.opcheck(overload, tuple(args))
 
 
 @dataclass(frozen=True)

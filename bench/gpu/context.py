@@ -61,6 +61,10 @@ class Context:
         print(f"  {what}: {text}", flush=True)
 
     def failed(self, what: str, error: BaseException | str) -> None:
+        """Reports a failure; a call that a backend does not serve by design is none."""
+        if isinstance(error, NotImplementedError):
+            self.note(what, "not served: " + str(error).strip().split("\n")[-1].strip())
+            return
         text = error if isinstance(error, str) else f"{type(error).__name__}: {error}"
         self.note(what, "FAILED: " + (text.strip() or "no message")[-600:])
 

@@ -18,6 +18,7 @@ from tests.cases import (
     call,
     index,
     inputs,
+    opcheck,
 )
 
 
@@ -263,7 +264,7 @@ def test_bad_input(backend, name, change, message):
 def test_opcheck(overload):
     shape = Shape(Tq=20, Tk=30, q_block=16, kv_block=16)
     args = (*inputs(shape), *index(shape), True, 3, 5, 0.2)
-    torch.library.opcheck(getattr(torch.ops.sparse_attn.block_sparse_attention, overload), args)
+    opcheck(getattr(torch.ops.sparse_attn.block_sparse_attention, overload), args)
 
 
 @pytest.mark.parametrize("backend", ["cpp", "triton"])

@@ -4,7 +4,7 @@ import torch
 from sparse_attn.ops.block_sparse_attention import op as attend
 from sparse_attn.ops.flex_prefill_attention import op
 from sparse_attn.ops.flex_prefill_select import op as select
-from tests.cases import call
+from tests.cases import call, opcheck
 from tests.ops.test_flex_prefill_select import structured
 
 
@@ -32,7 +32,7 @@ def test_official_variant_is_not_served_by_a_forced_cpp():
 
 @pytest.mark.parametrize("overload", ["default", "cpp", "reference", "triton"])
 def test_opcheck(overload):
-    torch.library.opcheck(
+    opcheck(
         getattr(torch.ops.sparse_attn.flex_prefill_attention, overload),
         (*(x[:, :, :150] for x in structured("sharp", 500)), 0.9, 0.1, 32, None, 32),
     )

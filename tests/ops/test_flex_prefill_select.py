@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from bench.inputs import gen
 from sparse_attn.ops.flex_prefill_select import op
-from tests.cases import DTYPES, ISAS, RUNS, TRITON, Shape, call
+from tests.cases import DTYPES, ISAS, RUNS, TRITON, Shape, call, opcheck
 from tests.cases import inputs as random_inputs
 
 ORACLES = Path(__file__).parents[1] / "oracles" / "flexprefill"
@@ -351,7 +351,7 @@ def test_the_kernel_checks_its_options_itself(options, message):
 def test_opcheck(overload):
     query, key = random_inputs(Shape(Tq=50, Tk=70, Hq=4, Hkv=2))[:2]
     args = (query, key, 0.9, 0.2, 16, 32, 16, "exact", True, 0.2)
-    torch.library.opcheck(getattr(torch.ops.sparse_attn.flex_prefill_select, overload), args)
+    opcheck(getattr(torch.ops.sparse_attn.flex_prefill_select, overload), args)
 
 
 @pytest.mark.parametrize("run", [("cpp", None), TRITON], ids=str)

@@ -4,7 +4,7 @@ import torch
 from sparse_attn.block_index import BlockIndex
 from sparse_attn.ops.block_sparse_attention import op as attend
 from sparse_attn.ops.merge_attention_states import op
-from tests.cases import DTYPES, FLOOR, Shape, assert_as_accurate, call, inputs
+from tests.cases import DTYPES, FLOOR, Shape, assert_as_accurate, call, inputs, opcheck
 
 BACKENDS = ["cpp", "reference", "triton"]
 
@@ -67,4 +67,4 @@ def test_bad_input(backend, at, change, message):
 
 @pytest.mark.parametrize("overload", ["default", *BACKENDS])
 def test_opcheck(overload):
-    torch.library.opcheck(getattr(torch.ops.sparse_attn.merge_attention_states, overload), states())
+    opcheck(getattr(torch.ops.sparse_attn.merge_attention_states, overload), states())
