@@ -19,9 +19,9 @@ Made by `python -m bench gpu_page` from `gpu_check.json` and `aot.json` in `benc
 
 """
 
-NOTHING = """Nothing: no GPU was at hand. The Triton kernels have run under Triton's interpreter only,
-where they pass the same tests as the CPU kernels; what follows was found without a GPU. Tests that
-need one are shown as skipped.
+NOTHING = """Nothing: no GPU was at hand. The Triton kernels have run under Triton's interpreter
+only, where they pass the same tests as the CPU kernels; what follows was found without a GPU. Tests
+that need one are shown as skipped.
 """
 
 COMMANDS = """
