@@ -36,7 +36,7 @@ PARTS = {
     "check": ("check.run", 75),
     "dense": ("attention.dense", 60),
     "sparse": ("attention.sparse", 60),
-    "flex_prefill": ("flex_prefill.run", 60),
+    "flex_prefill": ("flex_prefill.run", 75),
     "decode": ("attention.decode", 30),
     "operators": ("operators.run", 30),
     "first_call": ("machine.first_call", 60),

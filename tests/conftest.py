@@ -14,6 +14,10 @@ if env.interpreted() and _ext.triton_missing is None:
 
     mend()
 
+# pytest-xdist's processes share the processors
+workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+torch.set_num_threads(max(1, torch.get_num_threads() // workers))
+
 settings.register_profile(
     "ci",
     deadline=None,

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from importlib import import_module
+from importlib.util import find_spec
+
 import torch
 
 from sparse_attn import BlockIndex, attention
@@ -17,7 +20,7 @@ GOALS = {8192: ">= 1.0", 32768: ">= 4", 131072: ">= 10"}
 def run(context: Context) -> None:
     from ..inputs import gen  # needs numpy
 
-    heads, key_heads = context.size((16, 4), (2, 1))
+    heads, key_heads = context.size((8, 2), (2, 1))
     for n in context.size((8192, 32768, 131072), (420,)):
         if not context.enough(12, f"FlexPrefill {n}"):
             return
@@ -26,8 +29,25 @@ def run(context: Context) -> None:
             torch.from_numpy(x).to(context.device, context.dtype).transpose(1, 2) for x in arrays
         )
         others = baselines.prefill(context, query, key, value)
+        official(context, others, query, key, value)
         for backend in context.backends("flex_prefill_select"):
             one(context, others, backend, query, key, value)
+
+
+def official(
+    context: Context, others: dict, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
+) -> None:
+    """The published code at its defaults, where installed; what it keeps is its own affair."""
+    if find_spec("flex_prefill") is None:
+        return
+    published = import_module("flex_prefill").flex_prefill_attention
+    states = [x.transpose(1, 2).contiguous() for x in (query, key, value)]
+    run = {"official": lambda: published(*states, gamma=0.95, tau=0.1, min_budget=1024)}
+    seconds = time_in_turn(context, others | run, 1.0)
+    best = min((seconds[name] for name in others if name in seconds), default=float("nan"))
+    if "official" in seconds:
+        context.add(f"FlexPrefill {key.shape[2]}, published code vs dense",
+                    best / seconds["official"], "x", ms=seconds["official"] * 1e3)  # fmt: skip
 
 
 def one(
