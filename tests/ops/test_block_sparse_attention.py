@@ -21,6 +21,7 @@ from tests.cases import (
     call,
     index,
     inputs,
+    opcheck,
 )
 
 
@@ -364,7 +365,7 @@ def test_opcheck(overload):
     shape = Shape(Tq=20, Tk=30, q_block=16, kv_block=16)
     dtype = torch.bfloat16 if overload == "cuda" else torch.float32
     args = (*inputs(shape, dtype), *index(shape), True, 3, 5, 0.2)
-    torch.library.opcheck(getattr(torch.ops.sparse_attn.block_sparse_attention, overload), args)
+    opcheck(getattr(torch.ops.sparse_attn.block_sparse_attention, overload), args)
 
 
 @pytest.mark.parametrize("backend", ["cpp", "triton", "cuda"])

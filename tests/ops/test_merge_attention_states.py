@@ -4,7 +4,7 @@ import torch
 from sparse_attn.block_index import BlockIndex
 from sparse_attn.ops.block_sparse_attention import op as attend
 from sparse_attn.ops.merge_attention_states import op
-from tests.cases import CUDA, DTYPES, FLOOR, Shape, assert_as_accurate, call, inputs
+from tests.cases import CUDA, DTYPES, FLOOR, Shape, assert_as_accurate, call, inputs, opcheck
 
 RUNS = ["cpp", "reference", "triton", *CUDA]
 
@@ -104,4 +104,4 @@ def test_bad_input(run, at, change, message):
 @pytest.mark.parametrize("overload", ["default", "cpp", "reference", "triton", "cuda"])
 def test_opcheck(overload):
     args = states(torch.bfloat16 if overload == "cuda" else torch.float32)
-    torch.library.opcheck(getattr(torch.ops.sparse_attn.merge_attention_states, overload), args)
+    opcheck(getattr(torch.ops.sparse_attn.merge_attention_states, overload), args)
