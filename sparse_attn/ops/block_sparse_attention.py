@@ -29,7 +29,7 @@ def _(query, key, value, indices, counts, q_block, kv_block, causal=True, sink=0
 
 
 @op.validate
-def _(query, key, value, indices, counts, q_block, kv_block, causal, sink, window, scale):
+def check_call(query, key, value, indices, counts, q_block, kv_block, causal, sink, window, scale):
     check.query_key_value(query, key, value)
     check.between("q_block", q_block, 1, 128)
     check.between("kv_block", kv_block, 1, 128)
@@ -65,5 +65,4 @@ def _triton_serves(query, key, value, *args):
 op.impl("triton", device="cuda", when=_triton_serves)
 op.impl("cpp", device="cpu", when=check.not_float64)
 op.impl("reference", device="any")
-op.autocast(3)
-op.no_grad("Detach the inputs, or train with dense attention.")
+op.autocast(3)  # its gradient: block_sparse_attention_backward.py
