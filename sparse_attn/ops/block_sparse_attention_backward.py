@@ -42,6 +42,7 @@ def _(grad_out, grad_lse, query, key, value, out, lse, *index_and_options):
             raise ValueError(f"{name}: device is {x.device}, expected {query.device} as query")
 
 
+op.impl("cpp", device="cpu", when=check.not_float64)
 op.impl("reference", device="any")
 op.no_grad("There is no second derivative of sparse attention.")
 
