@@ -47,7 +47,7 @@ void prepare_rows(const Params& p, const Tensor& out, const Tensor& lse, const T
       float sum = grads == nullptr ? 0.0f : -grads[e];
       for (int64_t d = 0; d < p.Dv; ++d) sum += a[d] * b[d];
       delta[i] = empty ? 0.0f : sum;
-      reference[i] = empty ? std::numeric_limits<float>::infinity() : lses[l] * 1.44269504088896341f;
+      reference[i] = empty ? std::numeric_limits<float>::infinity() : lses[l];
     }
   });
 }

@@ -9,7 +9,7 @@ namespace sparse_attn {
 struct BlockSparseAttentionBackwardParams : BlockSparseAttentionParams {
   const void* grad_out;  // [B, Hq, Tq, Dv]
   int64_t grad_out_stride[3];
-  const float* reference;  // [B, Hq, Tq] lse * log2(e), +inf for a row that saw no key
+  const float* reference;  // [B, Hq, Tq] lse, +inf for a row that saw no key
   const float* delta;      // [B, Hq, Tq] rowsum(grad_out * out) - grad_lse
   void* grad_query;        // [B, Hq, Tq, D] contiguous, as the next two
   void* grad_key;          // [B, Hkv, Tk, D]

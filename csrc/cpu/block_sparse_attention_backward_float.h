@@ -2,7 +2,8 @@
 //
 // A tile stands in SIMD lanes: queries with their output gradients for dQ, keys with their values
 // for dK and dV. The other side passes by in chunks of rows. P and dS [row][lane] come from
-//   S = rows_a * columns_a, dP = rows_b * columns_b, P = exp2(S - reference), dS = P (dP - delta)
+//   S = rows_a * columns_a    P = exp(scale S - reference)
+//   dP = rows_b * columns_b   dS = P (dP - delta)
 // and the sums of a tile stay with it until they are final: nothing is added up by several threads.
 #pragma once
 #include "block_sparse_attention_backward.h"
@@ -80,11 +81,11 @@ inline void store_column(DType dtype, const float* sums, int64_t r, int64_t dept
 
 // S and dP of one row to P and dS.
 inline void to_gradients(float* weights, float* grads, const Vec (&reference)[2],
-                         const Vec (&delta)[2], Vec factor) {
+                         const Vec (&delta)[2], Vec scale) {
   for (int v = 0; v < 2; ++v) {
     const Vec s = Vec::load(weights + v * kWidth);
-    const Vec p = Vec::select(Vec::greater(s, Vec::set(-INFINITY)),
-                              exp2(Vec::fma(s, factor, Vec::zero() - reference[v])), Vec::zero());
+    const Vec e = Vec::fma(s, scale, Vec::zero() - reference[v]) * Vec::set(1.44269504088896341f);
+    const Vec p = Vec::select(Vec::greater(s, Vec::set(-INFINITY)), exp2(e), Vec::zero());
     p.store(weights + v * kWidth);
     (p * (Vec::load(grads + v * kWidth) - delta[v])).store(grads + v * kWidth);
   }
@@ -95,7 +96,7 @@ void query_tile(const Params& p, const QueryTile& tile, const KeyGroup* groups, 
   BackwardScratch s;
   BackwardScratch::layout(p, static_cast<char*>(scratch), &s);
   const int64_t rows = tile.rows(), blocks = (rows + kLanes - 1) / kLanes;
-  const Vec factor = Vec::set(p.scale * 1.44269504088896341f);
+  const Vec scale = Vec::set(p.scale);
   const auto head = [&](int64_t r) { return tile.head + r / tile.queries; };
   const auto query = [&](int64_t r) { return tile.query + r % tile.queries; };
   const auto row_of = [&](const void* base, const int64_t stride[3]) {
@@ -139,7 +140,7 @@ void query_tile(const Params& p, const QueryTile& tile, const KeyGroup* groups, 
       const Vec reference[2] = {Vec::load(s.reference + lane), Vec::load(s.reference + lane + kWidth)};
       const Vec delta[2] = {Vec::load(s.delta + lane), Vec::load(s.delta + lane + kWidth)};
       for (int k = 0; k < kGroupKeys; ++k)
-        to_gradients(s.weights + k * kLanes, s.grads + k * kLanes, reference, delta, factor);
+        to_gradients(s.weights + k * kLanes, s.grads + k * kLanes, reference, delta, scale);
       add_rows(s.rows_a, p.D, kGroupKeys, p.D, s.grads, s.sums_a + lane * p.D);
     }
   }
@@ -151,7 +152,7 @@ void query_tile(const Params& p, const QueryTile& tile, const KeyGroup* groups, 
 class KeyGradient {
  public:
   KeyGradient(const Params& p, const KeyTile& tile, void* scratch)
-      : p_(p), tile_(tile), factor_(Vec::set(p.scale * 1.44269504088896341f)) {
+      : p_(p), tile_(tile), scale_(Vec::set(p.scale)) {
     BackwardScratch::layout(p, static_cast<char*>(scratch), &s_);
     blocks_ = (tile.keys + kLanes - 1) / kLanes;
     const auto row_of = [&](const void* base, const int64_t stride[3]) {
@@ -244,7 +245,7 @@ class KeyGradient {
     for (int r = begin; r < stop; ++r) {
       const Vec reference = Vec::set(s_.reference[r]), delta = Vec::set(s_.delta[r]);
       to_gradients(s_.weights + r * kLanes, s_.grads + r * kLanes, {reference, reference},
-                   {delta, delta}, factor_);
+                   {delta, delta}, scale_);
     }
     add_rows(rows_a, p_.D, n, p_.D, grads, s_.sums_a + lane * p_.D);
     add_rows(rows_b, p_.Dv, n, p_.Dv, weights, s_.sums_b + lane * p_.Dv);
@@ -279,7 +280,7 @@ class KeyGradient {
 
   const Params& p_;
   const KeyTile& tile_;
-  const Vec factor_;
+  const Vec scale_;
   BackwardScratch s_;
   int64_t blocks_;
   Part parts_[kChunk];

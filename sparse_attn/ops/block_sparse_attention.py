@@ -56,13 +56,14 @@ def check_call(query, key, value, indices, counts, q_block, kv_block, causal, si
     check.finite_scale(scale)
 
 
-def _triton_serves(query, key, value, *args):
+def triton_serves(query, key, value, *args):
+    """Whether Triton's kernels serve a call, forward or backward."""
     if max(query.shape[3], value.shape[3]) > 256:
         return f"head_dim {query.shape[3]} and {value.shape[3]}, served up to 256"
     return check.not_float64(query)
 
 
-op.impl("triton", device="cuda", when=_triton_serves)
+op.impl("triton", device="cuda", when=triton_serves)
 op.impl("cpp", device="cpu", when=check.not_float64)
 op.impl("reference", device="any")
 op.autocast(3)  # its gradient: block_sparse_attention_backward.py

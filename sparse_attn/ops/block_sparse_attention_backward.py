@@ -6,7 +6,7 @@ import torch
 
 from ..registry import Op
 from . import _checks as check
-from .block_sparse_attention import check_call
+from .block_sparse_attention import check_call, triton_serves
 from .block_sparse_attention import op as attend
 
 op = Op(
@@ -42,6 +42,11 @@ def _(grad_out, grad_lse, query, key, value, out, lse, *index_and_options):
             raise ValueError(f"{name}: device is {x.device}, expected {query.device} as query")
 
 
+def _triton_serves(grad_out, grad_lse, query, key, value, *args):
+    return triton_serves(query, key, value)
+
+
+op.impl("triton", device="cuda", when=_triton_serves)
 op.impl("cpp", device="cpu", when=check.not_float64)
 op.impl("reference", device="any")
 op.no_grad("There is no second derivative of sparse attention.")
