@@ -51,12 +51,33 @@ def merge(dtype: torch.dtype, dv: int) -> None:
     run(out, lse, out, lse)
 
 
+def attention(dtype: torch.dtype, dim: int, q_block: int, n_queries: int = 4096) -> None:
+    from sparse_attn.nvrtc.block_sparse_attention import block_sparse_attention as run
+
+    query = empty(1, 8, n_queries, dim, dtype=dtype)
+    key = empty(1, 2, 8192, dim, dtype=dtype)
+    counts = empty(1, 2, -(-n_queries // q_block), dtype=torch.int32)
+    run(query, key, key, empty(*counts.shape, 64, dtype=torch.int32), counts, q_block, 128)
+
+
+def select(dtype: torch.dtype, dim: int) -> None:
+    from sparse_attn.nvrtc.flex_prefill_select import flex_prefill_select as run
+
+    run(empty(1, 8, 131072, dim, dtype=dtype), empty(1, 2, 131072, dim, dtype=dtype))
+
+
 def cases(quick: bool) -> list[tuple[Callable[..., None], Any]]:
-    """Functions and their arguments; quick: what decides the speed of common calls."""
+    """Functions and their arguments; quick: the kernels of common calls, in one dtype."""
     found: list[tuple[Callable[..., None], Any]] = []
     for name in ("bf16",) if quick else DTYPES:
         dtype = DTYPES[name]
         found += [(merge, (dtype, dv)) for dv in ((128,) if quick else (128, 5))]
+        found += [(select, (dtype, 256))]  # the widest slices of the probe
+        for dim in (64, 128) if quick else (64, 96, 128, 256):
+            found.append((attention, (dtype, dim, 128)))  # 128 rows, or 64
+            found.append((attention, (dtype, dim, 1, 1)))  # decoding: 16 rows
+            if not quick:
+                found.append((attention, (dtype, dim, 16)))  # 64 rows
     return found
 
 
@@ -113,7 +134,7 @@ def compile_kernels(op: str, arch: str, kernels: dict[str, tuple[int, int]]) -> 
     missing = set(names) - {row.kernel for row in rows}
     if missing:
         raise RuntimeError(f"{op} for {arch}: nvcc reports nothing of {sorted(missing)}")
-    return rows
+    return sorted(rows, key=lambda r: re.sub(r"\d+", lambda n: n[0].zfill(4), r.kernel))
 
 
 def table(quick: bool) -> list[Row]:

@@ -154,6 +154,7 @@ def test_through_cupy(dtype):
         "block_sparse_attention": attend,
         "merge_attention_states": (*states, *states),
     }
+    torch.cuda.synchronize()  # the inputs are there, whatever the stream
     for name, args in calls.items():
         with torch.cuda.stream(torch.cuda.Stream()):
             got = getattr(module_of(name), name)(*args)

@@ -78,7 +78,8 @@ struct OnlineSoftmax {
         top[m][h] = higher;
         sum[m][h] *= shrink;
 #pragma unroll
-        for (int n = 0; n < kDimTiles; ++n) acc[m][n][2 * h] *= shrink, acc[m][n][2 * h + 1] *= shrink;
+        for (int n = 0; n < kDimTiles; ++n)
+          acc[m][n][2 * h] *= shrink, acc[m][n][2 * h + 1] *= shrink;
       }
   }
 
