@@ -14,8 +14,8 @@ $(BIN)/python:
 
 # torch first, by itself: a dependency that asks for "torch" must find it installed
 $(VENV)/.torch: | $(BIN)/python
-	$(BIN)/python -c "import torch" 2>/dev/null || $(BIN)/pip install $(TORCH)
-	@echo "Installed $(TORCH). For a CUDA build: make $(MAKECMDGOALS) TORCH=..., see README.md"
+	$(BIN)/python -c "import torch" 2>/dev/null || { $(BIN)/pip install $(TORCH) && \
+	  echo "Installed $(TORCH). For a CUDA build: make $(MAKECMDGOALS) TORCH=..., see README.md"; }
 	@touch $@
 
 $(VENV)/.installed: $(VENV)/.torch $(SOURCES)

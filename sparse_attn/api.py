@@ -57,7 +57,7 @@ def attention(
         key: [B, Hkv, Tk, D]; query head h reads KV head h // (Hq // Hkv).
         value: [B, Hkv, Tk, Dv].
         method: a name or a config such as `FlexPrefill(gamma=0.9)`.
-        index: attend to these blocks instead of selecting any.
+        index: attend to these blocks instead of selecting any; a batch of 1 serves every batch.
         causal: query i stands at position Tk - Tq + i and sees keys up to itself (bottom-right
             aligned, unlike torch's `is_causal`).
         scale: multiplies query @ key; None for 1 / sqrt(D).
@@ -80,6 +80,7 @@ def attention(
     if index is not None:
         if not isinstance(index, BlockIndex):
             raise TypeError(f"index: expected a BlockIndex, got {type(index).__name__}")
+        index = index.expand(query.shape[0])
         selection, name = Selection(index), "index"
     else:
         config = resolve(method)

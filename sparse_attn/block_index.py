@@ -35,7 +35,8 @@ class BlockIndex(NamedTuple):
     ) -> BlockIndex:
         """From a bool mask [B, H', Mq, Nk].
 
-        `max_blocks` bounds the capacity K; ValueError if a row has more blocks than that.
+        `max_blocks` bounds the capacity K; ValueError if a row has more blocks than that, which is
+        found by reading the device. Without `max_blocks` nothing is read.
         """
         if mask.dtype != torch.bool or mask.dim() != 4:
             raise ValueError(
@@ -66,6 +67,14 @@ class BlockIndex(NamedTuple):
         last = last.clamp(max=n_queries - 1) + n_keys - n_queries
         block = torch.arange(n_blocks, **factory)
         return cls.from_mask((block * kv_block <= last[:, None])[None, None], q_block, kv_block)
+
+    def expand(self, batch: int) -> BlockIndex:
+        """The same index for each of `batch` sequences, without a copy, if it is for one."""
+        if self.indices.shape[:1] != (1,) or batch == 1:
+            return self
+        indices = self.indices.expand(batch, *self.indices.shape[1:])
+        counts = self.counts.expand(batch, *self.counts.shape[1:])
+        return self._replace(indices=indices, counts=counts)
 
     def to_mask(self, n_keys: int) -> torch.Tensor:
         """The listed blocks as bool [B, H', Mq, ceil(n_keys / kv_block)].
@@ -136,7 +145,7 @@ class BlockIndex(NamedTuple):
         return ((mask & visible).sum() / visible.expand_as(mask).sum().clamp(min=1)).item()
 
     def to_flex(self, n_queries: int, n_keys: int, causal: bool = True) -> BlockMask:
-        """The same pattern for FlexAttention. Needs equal q_block and kv_block use in the kernel.
+        """The same pattern for FlexAttention.
 
         With `causal` the mask function keeps keys up to the query's bottom-right aligned position.
         Compile `flex_attention`: run eagerly it ignores the listed blocks.

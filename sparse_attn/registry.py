@@ -15,6 +15,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from torch.autograd import forward_ad
 
 from . import _ext, env
 
@@ -124,6 +125,7 @@ class Op:
         name = self.name
 
         def kernel(*args: Any) -> Any:
+            refuse_tangents(name, args)
             return getattr(importlib.import_module(module), name)(*args)
 
         LIBRARY.impl(f"{name}.{backend}", kernel, DISPATCH_KEYS[device])
@@ -256,6 +258,7 @@ class Op:
 
     def __call__(self, *args: Any, backend: str | None = None, **kwargs: Any) -> Any:
         bound = self.cast(*self.bind(*args, **kwargs))
+        refuse_tangents(self.name, bound)
         self.check(*bound)
         return self.select(bound, backend).overload(*bound)
 
@@ -267,6 +270,22 @@ class Op:
 
     def _run_default(self, *args: Any) -> Any:
         return self(*args)
+
+
+def refuse_tangents(name: str, args: tuple[Any, ...]) -> None:
+    """Raises where forward-mode differentiation would lose a tangent in silence.
+
+    Not where torch.func.jvp meets `torch.ops.sparse_attn.<op>` itself: PyTorch takes the tangents
+    away before a kernel is called.
+    """
+    if forward_ad._current_level < 0:  # nobody differentiates: the cost of nearly every call
+        return
+    for x in args:
+        if isinstance(x, torch.Tensor) and forward_ad.unpack_dual(x).tangent is not None:
+            raise NotImplementedError(
+                f"{NS}::{name} has no forward-mode derivative (torch.func.jvp, dual tensors): "
+                "call it on forward_ad.unpack_dual(x).primal"
+            )
 
 
 def requested(backend: str | None) -> str | None:

@@ -2,7 +2,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from torch.nn.attention.flex_attention import flex_attention
+from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 from sparse_attn import BlockIndex, attention
 from tests.cases import Shape, index, inputs
@@ -51,6 +51,21 @@ def test_flex_round_trip():
     back = BlockIndex.from_flex(listed.to_flex(300, 400, causal=False))
     assert torch.equal(back.to_mask(400), listed.to_mask(400))
     assert (back.q_block, back.kv_block) == (64, 32)
+
+
+@pytest.mark.parametrize(
+    "backend", ["cpp", "reference", pytest.param("triton", marks=pytest.mark.triton)]
+)
+def test_one_index_serves_every_sequence(backend):
+    """As FlexAttention's masks with B=None do."""
+    query, key, value = inputs(Shape(B=3, Tq=100, Tk=100))
+    mask = create_block_mask(lambda b, h, q, k: k <= q, None, None, 100, 100, "cpu", BLOCK_SIZE=32)
+    listed = BlockIndex.from_flex(mask)
+    assert listed.indices.shape[0] == 1
+    got = attention(query, key, value, index=listed, backend=backend)
+    torch.testing.assert_close(got, attention(query, key, value, "dense"), rtol=1e-5, atol=1e-5)
+    with pytest.raises(ValueError, match="indices: batch size is 2, expected 3"):
+        attention(query, key, value, index=listed.expand(2))
 
 
 @pytest.mark.parametrize(

@@ -1,9 +1,11 @@
 import subprocess
 import sys
 import textwrap
+from functools import partial
 
 import pytest
 import torch
+from torch.autograd import forward_ad
 
 import sparse_attn
 from sparse_attn.ops.block_sparse_attention import op
@@ -121,6 +123,21 @@ def test_modes(mode):
     with mode():
         out, lse = op(*inputs(SHAPE), *index(SHAPE))
     assert out.isfinite().all() and lse.isfinite().all()
+
+
+@pytest.mark.parametrize("backend", ["cpp", "reference", "default overload", "reference overload"])
+def test_forward_mode_is_refused(backend):
+    query, key, value = inputs(SHAPE)
+    name, _, overload = backend.partition(" ")
+    run = getattr(op.default._overloadpacket, name) if overload else partial(op, backend=name)
+    call_of = lambda q: run(q, key, value, *index(SHAPE))[0]  # noqa: E731
+    if not overload:
+        with pytest.raises(NotImplementedError, match="block_sparse_attention has no forward-mode"):
+            torch.func.jvp(call_of, (query,), (torch.ones_like(query),))
+    with forward_ad.dual_level():
+        with pytest.raises(NotImplementedError, match="no forward-mode"):
+            call_of(forward_ad.make_dual(query, torch.ones_like(query)))
+        assert call_of(query).isfinite().all(), "no tangent, nothing to lose"
 
 
 def test_autocast():

@@ -37,7 +37,8 @@ def register(method: Any = "flex_prefill", name: str = "sparse_attn", **options:
     the method's crossover take its dense path. Register several names for several methods.
 
     Served is causal attention with left or right padding, whole or in chunks, with dynamic or
-    static caches; any other mask, a soft cap, sinks, dropout and paged caches raise.
+    static caches; any other mask, a soft cap, sinks, dropout and paged caches raise. Masks are read
+    on the host, which torch.compile(fullgraph=True) refuses: compile without it or pass no padding.
     """
     register_function(
         lambda *args, **kwargs: api.attention(*args, method, **options, **kwargs), name
