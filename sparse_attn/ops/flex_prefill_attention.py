@@ -49,4 +49,4 @@ op.composite("triton", "cuda", _run, of=(select, attend), when=_selector_serves(
 op.composite("cpp", "cpu", _run, of=(select, attend), when=_selector_serves("cpp"))
 op.composite("reference", "any", _run, of=(select, attend))
 op.autocast(3)
-op.no_grad("Detach the inputs, or train with dense attention.")
+op.no_grad("Call sparse_attn.attention, which has one, or detach the inputs.")
