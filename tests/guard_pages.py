@@ -133,21 +133,19 @@ FLEX = [
 def backward_cases() -> Iterator[tuple[str, object, list[torch.Tensor]]]:
     for shape in ATTENTION:
         listed = index(shape)
-        for dtype in DTYPES:
-            query, key, value = inputs(shape, dtype)
-            for causal, sink, window in MASKS:
-                options = {
-                    "q_block": shape.q_block, "kv_block": shape.kv_block, "causal": causal,
-                    "sink": sink, "window": window, "backend": "cpp",
-                }  # fmt: skip
-                out, lse = attend(query, key, value, *listed[:2], **options)
-                rows = [torch.randn_like(out), torch.randn_like(lse)]
-                name = f"block_sparse_attention_backward, {dtype}, {shape}, {causal=}, {sink=}"
-                run = partial(backward, **options)
-                tensors = [query, key, value]
-                if causal and sink:
-                    tensors = [padded(x) for x in tensors]
-                yield name, run, [*rows, *tensors, out, lse, listed.indices, listed.counts]
+        for dtype, (causal, sink, window) in zip(DTYPES, MASKS, strict=True):
+            options = {
+                "q_block": shape.q_block, "kv_block": shape.kv_block, "causal": causal,
+                "sink": sink, "window": window, "backend": "cpp",
+            }  # fmt: skip
+            tensors = inputs(shape, dtype)
+            if causal and sink:
+                tensors = [padded(x) for x in tensors]
+            out, lse = attend(*tensors, *listed[:2], **options)
+            grads = [torch.randn_like(out), torch.randn_like(lse)]
+            name = f"block_sparse_attention_backward, {dtype}, {shape}, {causal=}, {sink=}"
+            run = partial(backward, **options)
+            yield name, run, [*grads, *tensors, out, lse, listed.indices, listed.counts]
 
 
 def flex_prefill_cases() -> Iterator[tuple[str, object, list[torch.Tensor]]]:
