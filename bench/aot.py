@@ -55,6 +55,29 @@ def attention(dtype: str, head_dim: int, n_queries: int, q_block: int = 128, kv_
     run(query, key, value, indices, counts, q_block, kv_block, True, *(64, 64) if edges else (0, 0))
 
 
+def backward(dtype: str, head_dim: int, block: int = 128, edges: bool = False,
+             value_dim: int = 0) -> None:  # fmt: skip
+    from sparse_attn.triton_kernels.block_sparse_attention_backward import (
+        block_sparse_attention_backward as run,
+    )
+
+    from sparse_attn.block_index import BlockIndex
+
+    n = 4096
+    query = torch.empty(1, 8, n, head_dim, dtype=DTYPES[dtype], device="cuda")
+    key = torch.empty(1, 2, n, head_dim, dtype=DTYPES[dtype], device="cuda")
+    value = torch.empty(1, 2, n, value_dim or head_dim, dtype=DTYPES[dtype], device="cuda")
+    out = torch.empty(1, 8, n, value_dim or head_dim, dtype=DTYPES[dtype], device="cuda")
+    lse = torch.empty(1, 8, n, device="cuda")
+    counts = torch.empty(1, 2, n // block, dtype=torch.int32, device="cuda")
+    indices = torch.empty(1, 2, n // block, n // block, dtype=torch.int32, device="cuda")
+    # a torch without CUDA makes tensors there but cannot compare or sort them
+    offsets, rows = counts.new_empty(1, 2, n // block + 1), indices.flatten(2)
+    BlockIndex.transpose = lambda index, n_keys: (offsets, rows)
+    run(out, lse, query, key, value, out, lse, indices, counts, block, block, True,
+        *(64, 64) if edges else (0, 0))  # fmt: skip
+
+
 def merge(dtype: str, head_dim: int) -> None:
     from sparse_attn.triton_kernels.merge_attention_states import merge_attention_states as run
 
@@ -81,6 +104,7 @@ def cases(quick: bool) -> dict[str, tuple[Any, ...]]:
         for d in (128,) if quick else (64, 128, 256):
             found[f"prefill {dtype} {d}"] = (attention, dtype, d, 4096)
             found[f"decode {dtype} {d}"] = (attention, dtype, d, 1, 1, 16, True)
+            found[f"backward {dtype} {d}"] = (backward, dtype, d)
             found[f"select {dtype} {d}"] = (flex_prefill, dtype, d)
             if not quick:
                 found[f"sink+window {dtype} {d}"] = (attention, dtype, d, 4096, 128, 128, True)
@@ -89,6 +113,10 @@ def cases(quick: bool) -> dict[str, tuple[Any, ...]]:
                 found[f"gathered tokens {dtype} {d}"] = (attention, dtype, d, 4096, 128, 1, True)
     if not quick:
         found |= {f"merge {dtype} 128": (merge, dtype, 128) for dtype in DTYPES}
+        for d in (64, 128, 256):
+            found[f"backward, sink+window bf16 {d}"] = (backward, "bf16", d, 128, True)
+        found["backward, blocks of 16 bf16 128"] = (backward, "bf16", 128, 16)
+        found["backward bf16 192, values 128"] = (backward, "bf16", 192, 128, False, 128)
         found["select bf16 128, blocks of 64"] = (flex_prefill, "bf16", 128, 64)
         found["prefill bf16 96"] = (attention, "bf16", 96, 4096)
         found["prefill bf16 192, values 128"] = (attention, "bf16", 192, 4096, 128, 128, False, 128)

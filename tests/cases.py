@@ -73,7 +73,10 @@ def opcheck(overload, args):
     """torch.library.opcheck, on the GPU for overloads that need one where there is one."""
     pytest.importorskip("expecttest", reason="opcheck needs expecttest")
     if torch.cuda.is_available() and overload._overloadname in ("triton", "cuda"):
-        args = [x.cuda() if isinstance(x, torch.Tensor) else x for x in args]
+        args = [
+            x.detach().cuda().requires_grad_(x.requires_grad) if isinstance(x, torch.Tensor) else x
+            for x in args
+        ]
     torch.library.opcheck(overload, tuple(args))
 
 

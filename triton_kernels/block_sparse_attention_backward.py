@@ -45,12 +45,17 @@ def _query_step(b_dq, b_q, b_do, b_ref, b_delta, key, value, o_n, m_n, mask, k_t
                 BLOCK_DV: tl.constexpr):  # fmt: skip
     """Adds what one tile of keys gives to dQ, but for the scale."""
     b_k = _load_rows(key, o_n, k_t, m_n, MASKED, D, BLOCK_D)  # [BLOCK_N, BLOCK_D]
-    b_s = tl.dot(b_q, tl.trans(b_k), input_precision="ieee")  # [BLOCK_M, BLOCK_N]
+    b_v = _load_rows(value, o_n, v_t, m_n, MASKED, DV, BLOCK_DV)  # [BLOCK_N, BLOCK_DV]
+    if key.dtype.element_ty == tl.float32:
+        # without matrix instructions a left operand that stays would stay in registers, all of it
+        b_s = tl.trans(tl.dot(b_k, tl.trans(b_q), input_precision="ieee"))
+        b_dp = tl.trans(tl.dot(b_v, tl.trans(b_do), input_precision="ieee"))
+    else:
+        b_s = tl.dot(b_q, tl.trans(b_k))  # [BLOCK_M, BLOCK_N]
+        b_dp = tl.dot(b_do, tl.trans(b_v))
     b_p = tl.exp(b_s * scale - b_ref[:, None])
     if MASKED:
         b_p = tl.where(mask, b_p, 0.0)
-    b_v = _load_rows(value, o_n, v_t, m_n, MASKED, DV, BLOCK_DV)  # [BLOCK_N, BLOCK_DV]
-    b_dp = tl.dot(b_do, tl.trans(b_v), input_precision="ieee")
     b_ds = b_p * (b_dp - b_delta[:, None])
     return tl.dot(b_ds.to(b_k.dtype), b_k, b_dq, input_precision="ieee")
 
@@ -277,7 +282,7 @@ def key_gradient_kernel(
 def _prepare(
     grad_out: torch.Tensor, grad_lse: torch.Tensor | None, out: torch.Tensor, lse: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """lse, +inf for a row that saw no key, and rowsum(grad_out * out) - grad_lse of every row, float32 [B, Hq, Tq]."""
+    """Of every row lse, +inf where no key was seen, and rowsum(grad_out * out) - grad_lse."""
     _, heads, n_queries, value_dim = out.shape
     reference, delta = (
         torch.empty(lse.shape, dtype=torch.float32, device=lse.device) for _ in range(2)

@@ -33,14 +33,14 @@ ATTENTION = {
 ARCHITECTURES = tuple(ATTENTION)
 # of the backward, (query rows, keys, warps, stages): for the queries' gradient, for the keys'
 _HALF_BACKWARD = {
-    64: ((128, 64, 8, 2), (64, 128, 8, 2)),
+    64: ((128, 64, 8, 2), (64, 64, 8, 2)),
     128: ((64, 64, 8, 2), (64, 64, 8, 2)),
     256: ((32, 32, 8, 1), (32, 32, 8, 1)),
 }
 _FLOAT_BACKWARD = {
-    64: ((32, 32, 8, 1), (32, 32, 8, 1)),
-    128: ((32, 16, 8, 1), (16, 32, 8, 1)),
-    256: ((16, 16, 8, 1), (16, 16, 8, 1)),
+    64: ((64, 32, 8, 1), (32, 32, 8, 1)),
+    128: ((32, 32, 8, 1), (16, 32, 8, 1)),
+    256: ((32, 16, 8, 1), (16, 32, 8, 1)),
 }
 ATTENTION_BACKWARD = {
     "sm_80": {2: _HALF_BACKWARD, 4: _FLOAT_BACKWARD},

@@ -137,8 +137,11 @@ void query_tile(const Params& p, const QueryTile& tile, const KeyGroup* groups, 
       dot_rows(s.rows_b, p.Dv, kGroupKeys, p.Dv, s.columns_b + lane * p.Dv, s.grads);
       if (groups[g].everyone != ~0u || (p.causal && last > lowest[block]))
         mask_keys(p, groups[g], s.position + lane, s.weights);
-      const Vec reference[2] = {Vec::load(s.reference + lane), Vec::load(s.reference + lane + kWidth)};
-      const Vec delta[2] = {Vec::load(s.delta + lane), Vec::load(s.delta + lane + kWidth)};
+      Vec reference[2], delta[2];
+      for (int v = 0; v < 2; ++v) {
+        reference[v] = Vec::load(s.reference + lane + v * kWidth);
+        delta[v] = Vec::load(s.delta + lane + v * kWidth);
+      }
       for (int k = 0; k < kGroupKeys; ++k)
         to_gradients(s.weights + k * kLanes, s.grads + k * kLanes, reference, delta, scale);
       add_rows(s.rows_a, p.D, kGroupKeys, p.D, s.grads, s.sums_a + lane * p.D);

@@ -49,6 +49,7 @@ def block_sparse_attention_backward(
             indices, counts, part, (n_query_heads, n_key_heads, n_queries, n_keys),
             q_block, kv_block, causal, sink, window,
         )  # fmt: skip
+        mask = mask & ~empty[:, :, part, None]
         queries, grads = query[:, :, part].to(dtype), grad_out[:, :, part].to(dtype)
         scores = (queries @ keys.mT * scale).masked_fill(~mask, -torch.inf)
         weights = torch.exp(scores - known[:, :, part, None])

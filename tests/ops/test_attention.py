@@ -53,3 +53,10 @@ def test_opcheck(overload):
         getattr(torch.ops.sparse_attn.attention, overload),
         (*structured("sharp", 300), "flex_prefill"),
     )
+
+
+def test_no_silent_loss_of_gradient():
+    query, key, value = structured("flat", 64)
+    out, _ = op(query.requires_grad_(), key, value, "dense")
+    with pytest.raises(NotImplementedError, match="has no backward. Call sparse_attn.attention"):
+        out.sum().backward()

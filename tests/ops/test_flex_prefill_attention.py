@@ -46,3 +46,10 @@ def test_opcheck(overload):
         getattr(torch.ops.sparse_attn.flex_prefill_attention, overload),
         (*(x[:, :, :150] for x in structured("sharp", 500)), 0.9, 0.1, 32, None, 32),
     )
+
+
+def test_no_silent_loss_of_gradient():
+    query, key, value = structured("flat", 64)
+    out, _ = op(query.requires_grad_(), key, value)
+    with pytest.raises(NotImplementedError, match="has no backward. Call sparse_attn.attention"):
+        out.sum().backward()
