@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import sys
 from importlib import import_module
-from importlib.util import find_spec
+from importlib.util import find_spec, module_from_spec, spec_from_file_location
+from pathlib import Path
 from typing import Any
 
 OLDEST_TORCH = (2, 11)
@@ -50,12 +52,26 @@ def _installed(module: str) -> bool:
         return False
 
 
+def _find_kernels() -> None:
+    """Lets a checkout run that is not installed: there the kernels lie beside the package."""
+    name = "sparse_attn.triton_kernels"
+    folder = Path(__file__).parents[1] / "triton_kernels"
+    if find_spec(name) is None and (folder / "__init__.py").exists():
+        spec = spec_from_file_location(
+            name, folder / "__init__.py", submodule_search_locations=[str(folder)]
+        )
+        assert spec is not None and spec.loader is not None
+        module = sys.modules[name] = module_from_spec(spec)
+        spec.loader.exec_module(module)
+
+
 def _cupy() -> str:
     import torch
 
     return f"cupy-cuda{(torch.version.cuda or '13').split('.')[0]}x"
 
 
+_find_kernels()
 cpp_missing: str | None = _load("_C", "C++ extension", "CPU_EXTENSION_MISSING")
 cuda_extension_missing: str | None = _load("_C_cuda", "CUDA extension", "CUDA_EXTENSION_MISSING")
 # without the extension NVRTC compiles the same kernels at the first call, through CuPy

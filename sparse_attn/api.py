@@ -50,6 +50,8 @@ def attention(
 ) -> Any:
     """Sparse attention by a method, or over a given index.
 
+    Differentiable with respect to query, key and value, as attention to the blocks chosen.
+
     Args:
         query: [B, Hq, Tq, D] float32, float16 or bfloat16, any strides.
         key: [B, Hkv, Tk, D]; query head h reads KV head h // (Hq // Hkv).
@@ -86,7 +88,9 @@ def attention(
         dense_because = _dense_because(config, query, key, causal, fallback, backend)
         config = config if dense_because is None else Dense()
         selector = config.selector(query, key, causal, scale)
-        selection = config.select(query, key, causal=causal, scale=scale, backend=backend)
+        selection = config.select(  # what is chosen has no gradient
+            query.detach(), key.detach(), causal=causal, scale=scale, backend=backend
+        )
     chosen, sink, window = selection
     out, lse = attend(query, key, value, *chosen, causal, sink, window, scale, backend=backend)
     results = [out]

@@ -91,6 +91,24 @@ class BlockIndex(NamedTuple):
             )
         return block_mask(self.indices, self.counts, n_blocks)
 
+    def transpose(self, n_keys: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """The index from the side of the keys, (offsets, rows); nothing is read on the host.
+
+        rows int32 [B, H', Mq * K] holds, from offsets[..., j] up to offsets[..., j + 1], the query
+        blocks that list KV block j, ascending; offsets is int32 [B, H', Nk + 1].
+        """
+        n_blocks, capacity = -(-n_keys // self.kv_block), self.indices.shape[-1]
+        place = torch.arange(capacity, device=self.indices.device)
+        # what a wrong list holds beside ids of blocks is left out
+        listed = (place < self.counts[..., None]) & (self.indices >= 0)
+        listed = listed & (self.indices < n_blocks)
+        blocks = torch.where(listed, self.indices, n_blocks).flatten(2)
+        blocks, order = blocks.sort(dim=-1, stable=True)  # in the order of the rows
+        bounds = torch.arange(n_blocks + 1, dtype=torch.int32, device=blocks.device)
+        bounds = bounds.expand(*blocks.shape[:2], -1).contiguous()
+        offsets = torch.searchsorted(blocks, bounds, out_int32=True)
+        return offsets, (order // max(capacity, 1)).to(torch.int32)
+
     def validate(self, n_queries: int, n_keys: int) -> None:
         """Raises ValueError or RuntimeError unless the index is legal for these lengths."""
         for name, x, rank in (("indices", self.indices, 4), ("counts", self.counts, 3)):

@@ -1,6 +1,7 @@
 """From which length on a method is faster than dense attention: a small measured table.
 
-`python -m bench crossover` measures the entries again, with the defaults of each method.
+`python -m bench crossover` measures the entries again, with the defaults of each method;
+bench/gpu_check.py will measure those of a GPU.
 """
 
 from __future__ import annotations

@@ -11,6 +11,7 @@ import importlib
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -170,6 +171,17 @@ class Op:
         for overload in self.overloads:
             torch.library.register_autograd(f"{NS}::{overload}", backward, lib=LIBRARY)
 
+    def autograd(self, setup_context: Callable[..., None], backward: Callable[..., Any]) -> None:
+        """Gives every overload a gradient, as torch.library.register_autograd does.
+
+        `backward(backend, ctx, *grads)`; backend is None where the default overload was called.
+        """
+        for overload in self.overloads:
+            fn = partial(backward, overload.partition(".")[2] or None)
+            torch.library.register_autograd(
+                f"{NS}::{overload}", fn, setup_context=setup_context, lib=LIBRARY
+            )
+
     def autocast(self, tensors: int) -> None:
         """Under autocast the first `tensors` arguments are cast to its dtype, on every path."""
         self._autocast = tensors
@@ -249,6 +261,12 @@ class Op:
         refuse_tangents(self.name, bound)
         self.check(*bound)
         return self.select(bound, backend).overload(*bound)
+
+    def prefer(self, backend: str | None, *args: Any) -> Any:
+        """A call by `backend` where it can serve it, otherwise by one that is chosen."""
+        bound = self.bind(*args)
+        can = backend is not None and self.reasons(bound)[backend] is None
+        return self(*bound, backend=backend if can else None)
 
     def _run_default(self, *args: Any) -> Any:
         return self(*args)

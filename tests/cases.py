@@ -69,6 +69,17 @@ def cuda_why_not():
     return None if torch.cuda.is_available() else simt.why_not()
 
 
+def opcheck(overload, args):
+    """torch.library.opcheck, on the GPU for overloads that need one where there is one."""
+    pytest.importorskip("expecttest", reason="opcheck needs expecttest")
+    if torch.cuda.is_available() and overload._overloadname in ("triton", "cuda"):
+        args = [
+            x.detach().cuda().requires_grad_(x.requires_grad) if isinstance(x, torch.Tensor) else x
+            for x in args
+        ]
+    torch.library.opcheck(overload, tuple(args))
+
+
 @dataclass(frozen=True)
 class Shape:
     """Sizes of one attention call."""

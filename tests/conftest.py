@@ -14,6 +14,10 @@ if env.interpreted() and _ext.triton_missing is None:
 
     mend()
 
+# pytest-xdist's processes share the processors
+workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+torch.set_num_threads(max(1, torch.get_num_threads() // workers))
+
 settings.register_profile(
     "ci",
     deadline=None,
@@ -29,8 +33,10 @@ def seed():
 
 
 def pytest_collection_modifyitems(items):
-    """Shows what needs Triton or a way to run CUDA kernels as skipped, with the reason."""
+    """Shows what needs Triton, a GPU or a way to run CUDA kernels as skipped, with the reason."""
     for item in items:
+        if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+            item.add_marker(pytest.mark.skip(reason="no CUDA device"))
         values = item.callspec.params.values() if hasattr(item, "callspec") else ()
         named = {v for v in values if isinstance(v, (str, tuple))}
         triton = item.get_closest_marker("triton") or {"triton", TRITON} & named

@@ -15,6 +15,7 @@ from functools import partial
 import torch
 
 from sparse_attn.ops.block_sparse_attention import op as attend
+from sparse_attn.ops.block_sparse_attention_backward import op as backward
 from sparse_attn.ops.flex_prefill_attention import op as flex_prefill
 from sparse_attn.ops.flex_prefill_select import op as select
 from sparse_attn.ops.merge_attention_states import op as merge
@@ -129,6 +130,24 @@ FLEX = [
 ]
 
 
+def backward_cases() -> Iterator[tuple[str, object, list[torch.Tensor]]]:
+    for shape in ATTENTION:
+        listed = index(shape)
+        for dtype, (causal, sink, window) in zip(DTYPES, MASKS, strict=True):
+            options = {
+                "q_block": shape.q_block, "kv_block": shape.kv_block, "causal": causal,
+                "sink": sink, "window": window, "backend": "cpp",
+            }  # fmt: skip
+            tensors = inputs(shape, dtype)
+            if causal and sink:
+                tensors = [padded(x) for x in tensors]
+            out, lse = attend(*tensors, *listed[:2], **options)
+            grads = [torch.randn_like(out), torch.randn_like(lse)]
+            name = f"block_sparse_attention_backward, {dtype}, {shape}, {causal=}, {sink=}"
+            run = partial(backward, **options)
+            yield name, run, [*grads, *tensors, out, lse, listed.indices, listed.counts]
+
+
 def flex_prefill_cases() -> Iterator[tuple[str, object, list[torch.Tensor]]]:
     for shape, block in FLEX:
         for dtype in DTYPES:
@@ -155,7 +174,7 @@ def merge_cases() -> Iterator[tuple[str, object, list[torch.Tensor]]]:
 def run_all(isa: str) -> None:
     torch.manual_seed(0)
     with instruction_set(isa):
-        for cases in (attention_cases, flex_prefill_cases, merge_cases):
+        for cases in (attention_cases, backward_cases, flex_prefill_cases, merge_cases):
             for case in cases():
                 check(*case)
 

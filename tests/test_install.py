@@ -63,6 +63,23 @@ def test_the_installed_package_finds_the_triton_kernels():
     assert Path(found.origin).parent.name == "triton_kernels"
 
 
+def test_a_checkout_that_is_not_installed_finds_the_triton_kernels():
+    code = f"""
+import sys
+sys.meta_path = [f for f in sys.meta_path if "editable" not in repr(f).lower()]
+sys.path.insert(0, {str(ROOT)!r})
+import sparse_attn
+from sparse_attn.triton_kernels import launch
+print(sparse_attn.__file__, launch.__file__)
+"""
+    found = subprocess.run(
+        [sys.executable, "-c", code], cwd="/", capture_output=True, text=True, check=True
+    ).stdout.split()
+    assert found == [
+        str(ROOT / "sparse_attn" / "__init__.py"), str(ROOT / "triton_kernels" / "launch.py")
+    ]  # fmt: skip
+
+
 def test_unknown_build_is_refused(tmp_path):
     with pytest.raises(subprocess.CalledProcessError) as error:
         build(tmp_path, SPARSE_ATTN_BUILD="fast")

@@ -31,6 +31,22 @@ ATTENTION = {
     "sm_100": {2: _HALF_SM90, 4: _FLOAT},
 }
 ARCHITECTURES = tuple(ATTENTION)
+# of the backward, (query rows, keys, warps, stages): for the queries' gradient, for the keys'
+_HALF_BACKWARD = {
+    64: ((128, 64, 8, 2), (64, 64, 8, 2)),
+    128: ((64, 64, 8, 2), (64, 64, 8, 2)),
+    256: ((32, 32, 8, 1), (32, 32, 8, 1)),
+}
+_FLOAT_BACKWARD = {
+    64: ((64, 32, 8, 1), (32, 32, 8, 1)),
+    128: ((32, 32, 8, 1), (16, 32, 8, 1)),
+    256: ((32, 16, 8, 1), (16, 32, 8, 1)),
+}
+ATTENTION_BACKWARD = {
+    "sm_80": {2: _HALF_BACKWARD, 4: _FLOAT_BACKWARD},
+    "sm_90": {2: _HALF_BACKWARD, 4: _FLOAT_BACKWARD},
+    "sm_100": {2: _HALF_BACKWARD, 4: _FLOAT_BACKWARD},
+}
 
 
 def nearest(arch: str) -> str:
@@ -92,6 +108,37 @@ def attention_tile(
             "GATHER": kv_block % block_n != 0, "num_warps": warps, "num_stages": stages,
         },
     )  # fmt: skip
+
+
+@cache
+def backward_tiles(
+    arch: str,
+    dtype: torch.dtype,
+    head_dim: int,
+    value_dim: int,
+    group: int,
+    list_heads: int,
+    q_block: int,
+    kv_block: int,
+) -> tuple[AttentionTile, AttentionTile]:
+    """The tiles of `block_sparse_attention_backward`: per block of queries, per block of keys."""
+    block_d, block_dv = padded(head_dim), padded(value_dim)
+    table = ATTENTION_BACKWARD[nearest(arch)][dtype.itemsize][max(64, block_d, block_dv)]
+    tiles = []
+    for most, block_n, warps, stages in table:
+        queries = min(q_block, most)
+        heads = min(group, most // queries) if list_heads >= group else 1
+        options = {
+            "G": group, "LIST_HEADS": list_heads, "HEADS": heads, "QUERIES": queries,
+            "Q_BLOCK": q_block, "KV_BLOCK": kv_block, "D": head_dim, "DV": value_dim,
+            "BLOCK_M": padded(heads * queries), "BLOCK_N": block_n, "BLOCK_D": block_d,
+            "BLOCK_DV": block_dv, "num_warps": warps, "num_stages": stages,
+        }  # fmt: skip
+        tiles.append(AttentionTile(-(-q_block // queries) * -(-group // heads), options))
+    of_queries, of_keys = tiles
+    of_queries.options["GATHER"] = kv_block % of_queries.options["BLOCK_N"] != 0
+    block_n = of_keys.options["BLOCK_N"] = min(of_keys.options["BLOCK_N"], padded(kv_block))
+    return of_queries, AttentionTile(-(-kv_block // block_n), of_keys.options)
 
 
 def probe_tile(dtype: torch.dtype, head_dim: int, rows: int) -> dict[str, Any]:

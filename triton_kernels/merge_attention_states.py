@@ -9,7 +9,8 @@ import triton.language as tl
 from . import launch
 
 
-@triton.jit(do_not_specialize=["H", "T", "rows"])
+# lengths vary from call to call, and the strides of lse with them
+@triton.jit(do_not_specialize=["H", "T", "rows", "la_b", "la_h", "la_t", "lb_b", "lb_h", "lb_t"])
 def merge_attention_states_kernel(
     out_a, lse_a, out_b, lse_b, out, lse, H, T, Dv,
     oa_b, oa_h, oa_t, oa_d, la_b, la_h, la_t, ob_b, ob_h, ob_t, ob_d, lb_b, lb_h, lb_t,

@@ -44,17 +44,16 @@ inline void check_block_sparse_attention(const Tensor& query, const Tensor& key,
   check_scale(scale);
 }
 
-// All but blocks, sink, window and causality.
-inline BlockSparseAttentionParams block_sparse_attention_params(
+// All but results, blocks, sink, window and causality.
+inline BlockSparseAttentionParams block_sparse_attention_inputs(
     const Tensor& query, const Tensor& key, const Tensor& value, const Tensor& indices,
-    const Tensor& counts, Tensor& out, Tensor& lse, std::optional<double> scale) {
+    const Tensor& counts, std::optional<double> scale) {
   BlockSparseAttentionParams p{};
   p.query = query.const_data_ptr(), p.key = key.const_data_ptr(), p.value = value.const_data_ptr();
   p.indices = indices.const_data_ptr<int32_t>(), p.counts = counts.const_data_ptr<int32_t>();
-  p.out = out.mutable_data_ptr(), p.lse = lse.mutable_data_ptr<float>();
   for (int i = 0; i < 3; ++i) {
     p.query_stride[i] = query.stride(i), p.key_stride[i] = key.stride(i);
-    p.value_stride[i] = value.stride(i), p.out_stride[i] = out.stride(i);
+    p.value_stride[i] = value.stride(i);
     p.indices_stride[i] = indices.stride(i), p.counts_stride[i] = counts.stride(i);
   }
   p.B = query.size(0), p.Hq = query.size(1), p.Tq = query.size(2), p.D = query.size(3);
@@ -63,6 +62,11 @@ inline BlockSparseAttentionParams block_sparse_attention_params(
   p.scale = static_cast<float>(scale.value_or(1.0 / std::sqrt(static_cast<double>(p.D))));
   p.dtype = dtype_of(query, "query");
   return p;
+}
+
+inline void set_results(BlockSparseAttentionParams& p, Tensor& out, Tensor& lse) {
+  p.out = out.mutable_data_ptr(), p.lse = lse.mutable_data_ptr<float>();
+  for (int i = 0; i < 3; ++i) p.out_stride[i] = out.stride(i);
 }
 
 }  // namespace sparse_attn

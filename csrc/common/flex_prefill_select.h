@@ -17,6 +17,7 @@ inline void check_flex_prefill_select(const Tensor& query, const Tensor& key, do
                                       std::optional<double> scale) {
   SA_CHECK(query.dim() == 4 && query.numel() > 0, "query: expected [B, Hq, Tq, D], not empty");
   SA_CHECK(key.dim() == 4 && key.numel() > 0, "key: expected [B, Hkv, Tk, D], not empty");
+  dtype_of(query, "query");
   SA_CHECK(key.scalar_type() == query.scalar_type(), "key: dtype differs from query's");
   SA_CHECK(key.size(0) == query.size(0) && key.size(3) == query.size(3),
            "key: batch size or head_dim differs from query's");

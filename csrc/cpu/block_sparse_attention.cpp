@@ -1,16 +1,11 @@
 // Driver: cuts the call into tiles, deals them to threads, joins what was split over keys.
-#include "block_sparse_attention.h"
-
 #include <cmath>
 #include <limits>
-#include <optional>
 #include <tuple>
 
-#include "../common/block_sparse_attention.h"
+#include "block_sparse_attention_call.h"
 #include "cpu_isa.h"
 #include "dtype_convert.h"
-#include "key_groups.h"
-#include "threads.h"
 
 namespace sparse_attn {
 namespace {
@@ -36,72 +31,6 @@ Kernels choose_kernels(const Params& p) {
   if (isa == CpuIsa::avx2) return {&kAttentionAvx2, &kDecodeAvx2};
 #endif
   return {&kAttentionPortable, &kDecodePortable};
-}
-
-struct Work {
-  QueryTile tile;
-  int64_t tokens;  // upper bound of the keys it attends to
-};
-
-int64_t tokens_of(const Params& p, const QueryTile& t) {
-  int64_t n = p.sink + p.window;
-  if (p.K > 0)
-    n += p.kv_block * p.counts[t.batch * p.counts_stride[0] +
-                               index_head(p, t.head) * p.counts_stride[1] +
-                               t.query / p.q_block * p.counts_stride[2]];
-  const int64_t reach = p.causal ? p.Tk - p.Tq + t.query + t.queries : p.Tk;
-  return std::clamp<int64_t>(n, 0, std::max<int64_t>(reach, 0));
-}
-
-std::vector<Work> make_tiles(const Params& p) {
-  const int64_t group = p.Hq / p.Hkv;
-  const bool shared = p.K == 0 || p.Hi != p.Hq;
-  int64_t step = p.K == 0 ? kMaxRows : p.q_block;
-  if (!p.causal && p.window > 0) step = 1;
-  const int64_t queries = std::min(step, p.Tq);
-  const int64_t heads = shared ? std::clamp<int64_t>(kMaxRows / queries, 1, group) : 1;
-  std::vector<Work> tiles;
-  for (int64_t b = 0; b < p.B; ++b)
-    for (int64_t kv = 0; kv < p.Hkv; ++kv)
-      for (int64_t h = kv * group; h < (kv + 1) * group; h += heads)
-        for (int64_t q = 0; q < p.Tq; q += step) {
-          const QueryTile t{b, kv, h, std::min(heads, (kv + 1) * group - h), q,
-                            std::min(step, p.Tq - q)};
-          tiles.push_back({t, tokens_of(p, t)});
-        }
-  // longest first, so that no thread is left with a long row at the end
-  std::stable_sort(tiles.begin(), tiles.end(),
-                   [](const Work& a, const Work& b) { return a.tokens > b.tokens; });
-  return tiles;
-}
-
-void check_index(const Params& p) {
-  const int64_t blocks = (p.Tk + p.kv_block - 1) / p.kv_block, rows = p.B * p.Hi * p.Mq;
-  std::atomic<int64_t> bad_count{-1}, bad_row{-1};
-  torch::stable::parallel_for(0, rows, 64, [&](int64_t begin, int64_t end) {
-    for (int64_t r = begin; r < end; ++r) {
-      const int64_t m = r % p.Mq, h = r / p.Mq % p.Hi, b = r / p.Mq / p.Hi;
-      const int32_t n =
-          p.counts[b * p.counts_stride[0] + h * p.counts_stride[1] + m * p.counts_stride[2]];
-      if (n < 0 || n > p.K) {
-        bad_count = r;
-        return;
-      }
-      const int32_t* ids = p.indices + b * p.indices_stride[0] + h * p.indices_stride[1] +
-                           m * p.indices_stride[2];
-      int64_t previous = -1;
-      for (int32_t i = 0; i < n; previous = ids[i++])
-        if (ids[i] <= previous || ids[i] >= blocks) bad_row = r;
-    }
-  });
-  const auto where = [&](int64_t r) {
-    return "[" + std::to_string(r / p.Mq / p.Hi) + ", " + std::to_string(r / p.Mq % p.Hi) + ", " +
-           std::to_string(r % p.Mq) + "]";
-  };
-  SA_CHECK(bad_count < 0, "counts: the value at ", where(bad_count),
-           " is negative or larger than the capacity of indices, ", p.K);
-  SA_CHECK(bad_row < 0, "indices: row ", where(bad_row),
-           " must be ascending, unique block ids in [0, ", blocks, ")");
 }
 
 // The packed values of every (batch, KV head); empty where packing would not pay.
@@ -228,19 +157,14 @@ std::tuple<Tensor, Tensor> block_sparse_attention(Tensor query, Tensor key, Tens
                                                   Tensor indices, Tensor counts, int64_t q_block,
                                                   int64_t kv_block, bool causal, int64_t sink,
                                                   int64_t window, std::optional<double> scale) {
-  check_block_sparse_attention(query, key, value, indices, counts, q_block, kv_block, sink, window,
-                               scale);
-  for (const Tensor* t : {&query, &key, &value, &indices, &counts})
-    SA_CHECK(t->is_cpu(), "query, key, value, indices, counts: expected CPU tensors");
+  check_cpu_call(query, key, value, indices, counts, q_block, kv_block, sink, window, scale);
   query = last_dim_contiguous(query), key = last_dim_contiguous(key);
   value = last_dim_contiguous(value), indices = last_dim_contiguous(indices);
-  Tensor out = torch::stable::new_empty(
-      query, {query.size(0), query.size(1), query.size(2), value.size(3)});
-  Tensor lse = torch::stable::new_empty(query, {query.size(0), query.size(1), query.size(2)},
-                                        ScalarType::Float);
-  Params p = block_sparse_attention_params(query, key, value, indices, counts, out, lse, scale);
-  p.q_block = q_block, p.kv_block = kv_block, p.causal = causal;
-  p.sink = std::min(sink, p.Tk), p.window = std::min(window, p.Tk + p.Tq);
+  Params p = make_params(query, key, value, indices, counts, q_block, kv_block, causal, sink,
+                         window, scale);
+  Tensor out = torch::stable::new_empty(query, {p.B, p.Hq, p.Tq, p.Dv});
+  Tensor lse = torch::stable::new_empty(query, {p.B, p.Hq, p.Tq}, ScalarType::Float);
+  set_results(p, out, lse);
   check_index(p);
   prefer_huge_pages(p.out, p.B * p.out_stride[0] * element_bytes(p.dtype));
   run(p);

@@ -4,31 +4,14 @@
 // O^T [Dv][lane] are built from broadcast elements of K and V, which are read where they lie.
 #pragma once
 #include "block_sparse_attention.h"
-#include "simd.h"
+#include "lanes.h"
 
 namespace sparse_attn {
 namespace {
 
 using Params = BlockSparseAttentionParams;
 
-constexpr int kWidth = Vec::kWidth;
-constexpr int kLanes = 2 * kWidth;          // queries of a lane block
-constexpr int kRegisterRows = kWidth == 16 ? 12 : 4;  // times two vectors, held in registers
 constexpr int kChunkKeys = 2 * kGroupKeys;  // keys whose scores are held at once
-
-// c [kCount][2 vectors] += a(row, k) * b [k][kLanes] over k < n
-template <int kCount, class Element>
-inline void multiply(Vec (&c)[kCount][2], Element a, const float* b, int64_t n) {
-  for (int64_t k = 0; k < n; ++k) {
-    const Vec b0 = Vec::load(b + k * kLanes), b1 = Vec::load(b + k * kLanes + kWidth);
-#pragma GCC unroll 16
-    for (int r = 0; r < kCount; ++r) {
-      const Vec x = Vec::set(a(r, k));
-      c[r][0] = Vec::fma(x, b0, c[r][0]);
-      c[r][1] = Vec::fma(x, b1, c[r][1]);
-    }
-  }
-}
 
 struct FloatScratch {
   float* q;           // [kMaxRows / kLanes][D][kLanes]
@@ -134,15 +117,7 @@ class FloatTile {
     const auto value = [&](int64_t t) {
       return element(p_.dtype, p_.value, p_.value_stride, tile_.batch, tile_.kv_head, t);
     };
-    first_[slot] = last_[slot] = g.tokens == nullptr ? g.first : g.tokens[0];
-    if (g.tokens == nullptr) {
-      last_[slot] = g.first + kGroupKeys - 1;
-    } else {
-      for (int k = 0; k < kGroupKeys; ++k) {
-        if (g.tokens[k] < first_[slot]) first_[slot] = g.tokens[k];
-        if (g.tokens[k] > last_[slot]) last_[slot] = g.tokens[k];
-      }
-    }
+    span_of(g, &first_[slot], &last_[slot]);
     if (g.tokens == nullptr && p_.dtype == DType::f32) {
       keys_[slot] = reinterpret_cast<const float*>(key(g.first));
       values_[slot] = reinterpret_cast<const float*>(value(g.first));
@@ -171,55 +146,19 @@ class FloatTile {
     Vec top[2] = {Vec::set(-3.4e38f), Vec::set(-3.4e38f)};
     for (int i = 0; i < n; ++i) {
       float* scores = s_.scores + i * kGroupKeys * kLanes;
-      score(active[i], block, scores);
+      dot_rows(keys_[active[i]], key_stride_[active[i]], kGroupKeys, p_.D,
+               s_.q + block * p_.D * kLanes, scores);
       const KeyGroup& g = groups[active[i]];
       if (g.everyone != ~0u || (p_.causal && last_[active[i]] > lowest_[block]))
-        mask(g, block, scores);
+        mask_keys(p_, g, s_.position + block * kLanes, scores);
       for (int k = 0; k < kGroupKeys; ++k)
         for (int v = 0; v < 2; ++v)
           top[v] = Vec::max(top[v], Vec::load(scores + k * kLanes + v * kWidth));
     }
     for (int v = 0; v < 2; ++v) exponentiate(n * kGroupKeys, top[v], block, v);
     for (int i = 0; i < n; ++i)
-      accumulate(active[i], s_.scores + i * kGroupKeys * kLanes, block);
-  }
-
-  void score(int slot, int block, float* scores) {
-    int k = 0;
-    for (; k + kRegisterRows <= kGroupKeys; k += kRegisterRows) score_rows<kRegisterRows>(slot, k, block, scores);
-    if constexpr (kGroupKeys % kRegisterRows != 0)
-      score_rows<kGroupKeys % kRegisterRows>(slot, k, block, scores);
-  }
-
-  template <int kCount>
-  void score_rows(int slot, int k, int block, float* scores) {
-    const int64_t stride = key_stride_[slot];
-    const float* key = keys_[slot] + k * stride;
-    Vec c[kCount][2];
-    for (auto& x : c) x[0] = x[1] = Vec::zero();
-    multiply(c, [=](int r, int64_t d) { return key[r * stride + d]; },
-             s_.q + block * p_.D * kLanes, p_.D);
-    for (int r = 0; r < kCount; ++r)
-      for (int v = 0; v < 2; ++v) c[r][v].store(scores + (k + r) * kLanes + v * kWidth);
-  }
-
-  // Scores that a lane may not see become -inf, which exponentiates to exactly 0.
-  void mask(const KeyGroup& g, int block, float* scores) {
-    const int32_t* position = s_.position + block * kLanes;
-    for (int k = 0; k < kGroupKeys; ++k) {
-      const int32_t j = g.tokens == nullptr ? g.first + k : g.tokens[k];
-      int32_t low = INT32_MIN, high = INT32_MAX;
-      if (p_.causal) low = j;
-      if (!(g.everyone >> k & 1)) {
-        low = j;
-        high = g.windowed >> k & 1 ? static_cast<int32_t>(j + p_.window - 1) : INT32_MIN;
-      }
-      for (int v = 0; v < 2; ++v) {
-        float* s = scores + k * kLanes + v * kWidth;
-        Vec::select(Vec::within(position + v * kWidth, low, high), Vec::load(s),
-                    Vec::set(-INFINITY)).store(s);
-      }
-    }
+      add_rows(values_[active[i]], value_stride_[active[i]], kGroupKeys, p_.Dv,
+               s_.scores + i * kGroupKeys * kLanes, s_.out + block * p_.Dv * kLanes);
   }
 
   void exponentiate(int keys, Vec top, int block, int v) {
@@ -248,26 +187,6 @@ class FloatTile {
       e.store(s);
     }
     sum.store(s_.sum + lane);
-  }
-
-  void accumulate(int slot, const float* weights, int block) {
-    float* out = s_.out + block * p_.Dv * kLanes;
-    int64_t d = 0;
-    for (; d + kRegisterRows <= p_.Dv; d += kRegisterRows) accumulate_rows<kRegisterRows>(slot, weights, d, out);
-    for (; d + 4 <= p_.Dv; d += 4) accumulate_rows<4>(slot, weights, d, out);
-    for (; d < p_.Dv; ++d) accumulate_rows<1>(slot, weights, d, out);
-  }
-
-  template <int kCount>
-  void accumulate_rows(int slot, const float* weights, int64_t d, float* out) {
-    const float* value = values_[slot] + d;
-    const int64_t stride = value_stride_[slot];
-    Vec c[kCount][2];
-    for (int r = 0; r < kCount; ++r)
-      for (int v = 0; v < 2; ++v) c[r][v] = Vec::load(out + (d + r) * kLanes + v * kWidth);
-    multiply(c, [=](int r, int64_t k) { return value[k * stride + r]; }, weights, kGroupKeys);
-    for (int r = 0; r < kCount; ++r)
-      for (int v = 0; v < 2; ++v) c[r][v].store(out + (d + r) * kLanes + v * kWidth);
   }
 
   const Params& p_;

@@ -43,7 +43,8 @@ std::tuple<Tensor, Tensor> block_sparse_attention(Tensor query, Tensor key, Tens
   const int64_t B = query.size(0), Hq = query.size(1), Tq = query.size(2);
   Tensor out = torch::stable::new_empty(query, {B, Hq, Tq, value.size(3)});
   Tensor lse = torch::stable::new_empty(query, {B, Hq, Tq}, ScalarType::Float);
-  auto call = block_sparse_attention_params(query, key, value, indices, counts, out, lse, scale);
+  auto call = block_sparse_attention_inputs(query, key, value, indices, counts, scale);
+  set_results(call, out, lse);
   call.q_block = q_block, call.kv_block = kv_block, call.causal = causal;
   call.sink = sink, call.window = window;
 

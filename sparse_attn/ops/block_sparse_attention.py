@@ -29,7 +29,7 @@ def _(query, key, value, indices, counts, q_block, kv_block, causal=True, sink=0
 
 
 @op.validate
-def _(query, key, value, indices, counts, q_block, kv_block, causal, sink, window, scale):
+def check_call(query, key, value, indices, counts, q_block, kv_block, causal, sink, window, scale):
     check.query_key_value(query, key, value)
     check.block_size("q_block", q_block)
     check.block_size("kv_block", kv_block)
@@ -56,7 +56,8 @@ def _(query, key, value, indices, counts, q_block, kv_block, causal, sink, windo
     check.finite_scale(scale)
 
 
-def _triton_serves(query, key, value, *args):
+def triton_serves(query, key, value, *args):
+    """Whether Triton's kernels serve a call, forward or backward."""
     if max(query.shape[3], value.shape[3]) > 256:
         return f"head_dim {query.shape[3]} and {value.shape[3]}, served up to 256"
     return check.not_float64(query)
@@ -70,9 +71,8 @@ def _cuda_serves(query, key, value, *args):
     return check.cuda_kernels_serve(query)
 
 
-op.impl("triton", device="cuda", when=_triton_serves)
+op.impl("triton", device="cuda", when=triton_serves)
 op.impl("cuda", device="cuda", when=_cuda_serves)
 op.impl("cpp", device="cpu", when=check.not_float64)
 op.impl("reference", device="any")
-op.autocast(3)
-op.no_grad("Detach the inputs, or train with dense attention.")
+op.autocast(3)  # its gradient: block_sparse_attention_backward.py

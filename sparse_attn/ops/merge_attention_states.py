@@ -36,4 +36,23 @@ op.impl("triton", device="cuda", when=check.not_float64)
 op.impl("cuda", device="cuda", when=check.cuda_kernels_serve)
 op.impl("cpp", device="cpu", when=check.not_float64)
 op.impl("reference", device="any")
-op.no_grad("Detach the inputs.")
+
+
+def _save(ctx, inputs, output):
+    ctx.save_for_backward(*inputs, *output)
+
+
+def _backward(backend, ctx, grad_out, grad_lse):
+    """Each side's weight is exp(lse_x - lse): its share of the keys' total."""
+    out_a, lse_a, out_b, lse_b, out, lse = ctx.saved_tensors
+    known = lse.masked_fill(lse == -torch.inf, 0)
+    grads = []
+    for out_x, lse_x in ((out_a, lse_a), (out_b, lse_b)):
+        weight = torch.exp(lse_x - known)
+        apart = (grad_out.to(lse.dtype) * (out_x.to(lse.dtype) - out.to(lse.dtype))).sum(-1)
+        grads.append((weight[..., None] * grad_out).to(out_x.dtype))
+        grads.append(weight * (apart + grad_lse))
+    return tuple(grads)
+
+
+op.autograd(_save, _backward)

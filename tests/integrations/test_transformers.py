@@ -267,10 +267,15 @@ def test_training_dropout_is_refused(name, ids):
     assert logits(model.eval(), name, ids).isfinite().all()
 
 
-def test_gradients_are_refused(model, name, ids):
-    model.set_attn_implementation(name)
-    with pytest.raises(NotImplementedError, match="has no backward"):
-        model(input_ids=ids).logits.sum().backward()
+def test_gradients(model, name, ids):
+    """Those of transformers' own attention, for every parameter."""
+    grads = []
+    for attention in ("sdpa", name):
+        model.set_attn_implementation(attention)
+        loss = model(input_ids=ids, labels=ids, attention_mask=padding("left")).loss
+        grads.append(torch.autograd.grad(loss, list(model.parameters())))
+    for want, got in zip(*grads, strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-3, atol=1e-5)
 
 
 @pytest.mark.parametrize("option", ["softcap", "position_bias", "s_aux", "cache"])

@@ -3,7 +3,7 @@ import torch
 
 import sparse_attn
 from sparse_attn.ops.attention import op
-from tests.cases import CUDA, call
+from tests.cases import CUDA, call, opcheck
 from tests.ops.test_flex_prefill_select import structured
 
 
@@ -49,7 +49,14 @@ def test_bad_method(method, options, message):
 
 @pytest.mark.parametrize("overload", ["default", "cpp", "reference"])
 def test_opcheck(overload):
-    torch.library.opcheck(
+    opcheck(
         getattr(torch.ops.sparse_attn.attention, overload),
         (*structured("sharp", 300), "flex_prefill"),
     )
+
+
+def test_no_silent_loss_of_gradient():
+    query, key, value = structured("flat", 64)
+    out, _ = op(query.requires_grad_(), key, value, "dense")
+    with pytest.raises(NotImplementedError, match="has no backward. Call sparse_attn.attention"):
+        out.sum().backward()

@@ -4,7 +4,7 @@ import torch
 from sparse_attn.ops.block_sparse_attention import op as attend
 from sparse_attn.ops.flex_prefill_attention import op
 from sparse_attn.ops.flex_prefill_select import op as select
-from tests.cases import CUDA, call
+from tests.cases import CUDA, call, opcheck
 from tests.ops.test_flex_prefill_select import structured
 from tests.simt.operators import executor
 
@@ -42,7 +42,14 @@ def test_cuda_refuses_what_one_of_its_parts_does():
 
 @pytest.mark.parametrize("overload", ["default", "cpp", "reference", "triton"])
 def test_opcheck(overload):
-    torch.library.opcheck(
+    opcheck(
         getattr(torch.ops.sparse_attn.flex_prefill_attention, overload),
         (*(x[:, :, :150] for x in structured("sharp", 500)), 0.9, 0.1, 32, None, 32),
     )
+
+
+def test_no_silent_loss_of_gradient():
+    query, key, value = structured("flat", 64)
+    out, _ = op(query.requires_grad_(), key, value)
+    with pytest.raises(NotImplementedError, match="has no backward. Call sparse_attn.attention"):
+        out.sum().backward()

@@ -15,7 +15,7 @@ from bench.inputs import gen
 from sparse_attn.ops.flex_prefill_select import op
 from sparse_attn.reference import flex_prefill_select as reference
 from tests import simt
-from tests.cases import CUDA, DTYPES, TRITON, Shape, call
+from tests.cases import CUDA, DTYPES, TRITON, Shape, call, opcheck
 from tests.cases import RUNS as OTHER_RUNS
 from tests.cases import inputs as random_inputs
 from tests.simt.operators import arguments as simt_arguments
@@ -410,7 +410,7 @@ def test_bad_input(backend, change, message):
 def test_opcheck(overload):
     query, key = random_inputs(Shape(Tq=50, Tk=70, Hq=4, Hkv=2), torch.bfloat16)[:2]
     args = (query, key, 0.9, 0.2, 16, 32, 16, "exact", True, 0.2)
-    torch.library.opcheck(getattr(torch.ops.sparse_attn.flex_prefill_select, overload), args)
+    opcheck(getattr(torch.ops.sparse_attn.flex_prefill_select, overload), args)
 
 
 @pytest.mark.parametrize("run", [("cpp", None), TRITON, CUDA[-1]], ids=str)

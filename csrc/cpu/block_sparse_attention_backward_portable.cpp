@@ -1,0 +1,7 @@
+#include "block_sparse_attention_backward_float.h"
+
+namespace sparse_attn {
+
+const AttentionBackwardKernel kBackwardPortable = {backward_scratch_bytes, query_tile, key_tile};
+
+}  // namespace sparse_attn
