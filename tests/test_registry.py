@@ -8,6 +8,11 @@ import torch
 from torch.autograd import forward_ad
 
 import sparse_attn
+from sparse_attn.methods.dense import Dense
+from sparse_attn.ops import attention as named
+from sparse_attn.ops import flex_prefill_attention as fused
+from sparse_attn.ops import flex_prefill_select as select
+from sparse_attn.ops import merge_attention_states as merge
 from sparse_attn.ops.block_sparse_attention import op
 from tests.cases import Shape, index, inputs
 
@@ -161,6 +166,33 @@ def test_compile_and_export():
         assert torch.equal(compiled(q, k, v), model(q, k, v))
     exported = torch.export.export(model, (q, k, v)).module()
     assert torch.equal(exported(q, k, v), model(q, k, v))
+
+
+OPERATORS = {
+    "block_sparse_attention": lambda q, k, v: op(q, k, v, *Dense().select(q, k).index, sink=150),
+    "flex_prefill_select": lambda q, k, v: select.op(q, k, 0.6, 0.0, 16, None, 16)[1:],
+    "flex_prefill_attention": lambda q, k, v: fused.op(q, k, v, 0.6, 0.0, 16, None, 16),
+    "attention": lambda q, k, v: named.op.default(q, k, v, "flex_prefill", '{"gamma": 0.6}'),
+    "merge_attention_states": lambda q, k, v: merge.op(q, q.sum(-1), 2 * q, q.sum(-1)),
+}
+
+
+@pytest.mark.parametrize("name", OPERATORS)
+def test_every_operator_compiles_and_is_exported_with_dynamic_lengths(name):
+    class Model(torch.nn.Module):
+        def forward(self, q, k, v):
+            return OPERATORS[name](q, k, v)
+
+    model = Model()
+    compiled = torch.compile(model, fullgraph=True, dynamic=True, backend="aot_eager")
+    given = inputs(Shape(Tq=200, Tk=200, Hq=4, Hkv=2))
+    length = torch.export.Dim("length", min=129, max=2**20)
+    shapes = {n: {2: length} for n in "qkv"}
+    exported = torch.export.export(model, given, dynamic_shapes=shapes).module()
+    for n in (200, 333):
+        args = inputs(Shape(Tq=n, Tk=n, Hq=4, Hkv=2))
+        for x, y, z in zip(model(*args), compiled(*args), exported(*args), strict=True):
+            assert torch.equal(x, y) and torch.equal(x, z)
 
 
 def test_backends_and_info():
