@@ -145,9 +145,12 @@ class BuildExt(build_ext):
         folder.mkdir(parents=True, exist_ok=True)
         headers = newest_header()
         flags = [
-            *gpu_code(archs), *ext.extra_compile_args, *(f"-I{p}" for p in ext.include_dirs),
+            *gpu_code(archs),
+            f"--threads={os.cpu_count()}",  # one per architecture
+            *ext.extra_compile_args,
+            *(f"-I{p}" for p in ext.include_dirs),
             *(f"-D{name}={value}" for name, value in ext.define_macros),
-        ]  # fmt: skip
+        ]
 
         def compile_one(source):
             made = folder / f"{Path(source).stem}.o"

@@ -46,6 +46,9 @@ def test_pure_python_wheel(tmp_path):
     assert wheel.name.endswith("py3-none-any.whl")
     files = zipfile.ZipFile(wheel).namelist()
     assert "sparse_attn/triton_kernels/merge_attention_states.py" in files
+    headers = [*(ROOT / "csrc/cuda").glob("*.*h"), ROOT / "csrc/common/params.h"]  # for NVRTC
+    wanted = {f"sparse_attn/{header.relative_to(ROOT)}" for header in headers}
+    assert len(wanted) > 5 and not wanted - set(files)
 
 
 def test_one_wheel_for_every_python(tmp_path):

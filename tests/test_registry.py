@@ -53,9 +53,30 @@ def test_works_without_the_extension():
     )
 
 
+def test_an_extension_that_does_not_load_is_named_with_the_remedy():
+    python(
+        """
+        import sys
+
+        class Broken:
+            def find_spec(self, name, path=None, target=None):
+                if name == "sparse_attn._C_cuda":
+                    raise ImportError("undefined symbol: aoti_something")
+
+        sys.meta_path.insert(0, Broken())
+        sys.modules["cupy"] = None
+        import torch, sparse_attn
+        why = "CUDA extension does not load (undefined symbol: aoti_something): reinstall against"
+        assert why in sparse_attn.info()
+        assert why in sparse_attn.backends()["merge_attention_states"]["cuda"]
+        assert sparse_attn.backends()["merge_attention_states"]["reference"] is None
+        """
+    )
+
+
 def test_forced_backends_never_fall_back():
     args = (*inputs(SHAPE), *index(SHAPE))
-    with pytest.raises(NotImplementedError, match="cuda: not implemented"):
+    with pytest.raises(NotImplementedError, match="cuda: runs on cuda tensors"):
         op(*args, backend="cuda")
     with pytest.raises(ValueError, match="backend: got 'gpu'"):
         op(*args, backend="gpu")

@@ -84,13 +84,13 @@ __global__ void __launch_bounds__(kSumThreads)
   __syncthreads();
   const int64_t end = min(first + kSumBlocks, p.Nk);
   for (int64_t c = first + threadIdx.x / 32; c < end; c += kSumThreads / 32) {
-    const int begin = static_cast<int>(c * p.block);
-    const int size = static_cast<int>(min(p.block, p.Tk - begin));
+    const int n_keys = static_cast<int>(p.Tk), begin = static_cast<int>(c * p.block);
+    const int size = min(static_cast<int>(p.block), n_keys - begin);
     float mass = 0, column = 0, bucket = 0, score = 0;
     for (int i = lane; i < size; i += 32) {
       mass += p.vertical[head * p.Tk + begin + i];
       column += p.columns[head * p.Tk + begin + i];
-      bucket += sum_at(p, p.diagonals, p.diagonal_spill, head, static_cast<int>(p.Tk) - 1 - begin - i);
+      bucket += sum_at(p, p.diagonals, p.diagonal_spill, head, n_keys - 1 - begin - i);
     }
     const float* const mean_key = p.mean_key + (key_head(p, head) * p.Nk + c) * D;
     for (int d = lane; d < D; d += 32) score += mean[d] * mean_key[d];

@@ -36,8 +36,9 @@ static inline FlexPrefillPlan plan_flex_prefill_select(const FlexPrefillCudaPara
     plan.grid[0] = blocks, plan.block[0] = threads, plan.shared_bytes = shared_bytes;
     return plan;
   };
-  const int64_t heads = p.B * p.Hq, slice = kSliceDims * element_bytes(p.dtype);
-  const int64_t slices = (ceil_div(p.D, kSliceDims) * kProbeRows + kProbeStages * kTileKeys) * slice;
+  const int64_t heads = p.B * p.Hq;
+  const int64_t rows = ceil_div(p.D, kSliceDims) * kProbeRows + kProbeStages * kTileKeys;
+  const int64_t slices = rows * kSliceDims * element_bytes(p.dtype);
   const int64_t mean = kMeanThreads * 8 * sizeof(float);
   FlexPrefillPlan plan;
   plan.chooses = p.gamma < 1, plan.per_row = plan.chooses && p.tau > 0;

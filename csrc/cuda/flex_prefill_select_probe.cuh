@@ -100,7 +100,9 @@ __device__ __forceinline__ void for_each_tile(const FlexPrefillCudaParams& p, co
                        task.kv_head * p.key_stride[1];
   T* const stages = shared + slices * kProbeRows * kSliceDims;
   const int steps = (task.end - task.begin) * slices;
-  const auto stage = [&](int step) { return stages + step % kProbeStages * kTileKeys * kSliceDims; };
+  const auto stage = [&](int step) {
+    return stages + step % kProbeStages * kTileKeys * kSliceDims;
+  };
   const auto fetch = [&](int step) {
     if (step < steps)
       copy_slice(stage(step), key, p.key_stride[2], (task.begin + step / slices) * kTileKeys,
@@ -148,7 +150,7 @@ __device__ __forceinline__ void transposed_sums(float (&x)[kN]) {
   }
 }
 
-// Largest score and sum of 2^(score - largest) of each row over one chunk of keys, in units of log2.
+// Largest score, in units of log2, and sum of 2^(score - largest) of each row over a chunk of keys.
 template <class T>
 __global__ void __launch_bounds__(kProbeThreads, 3)
     probe_extent_kernel(const __grid_constant__ FlexPrefillCudaParams p) {
@@ -279,6 +281,7 @@ __global__ void __launch_bounds__(kProbeThreads, 3)
   const ProbeTask task(p);
   const Lane at;
   const int tid = threadIdx.x, block = static_cast<int>(p.block);
+  const int n_queries = static_cast<int>(p.Tq), n_keys = static_cast<int>(p.Tk);
   const bool finite = __syncthreads_and(join_extents(p, task.head, s.rows[tid]));
   if (!kAttribute && task.chunk == 0 && tid == 0) p.finite[task.head] = finite;
   if (!finite) return;
@@ -292,15 +295,14 @@ __global__ void __launch_bounds__(kProbeThreads, 3)
 #pragma unroll
   for (int i = 0; i < 8; ++i) {
     rows[i] = s.rows[at.row(i)];
-    const int64_t query = p.Tq - kProbeRows + at.row(i);
-    const int64_t begin = p.Tk - p.Tq + max(query, int64_t{0}) / p.block * p.block;
-    own[i] = static_cast<int>(max(begin, int64_t{0}) / p.block * p.block);
+    const int query = max(n_queries - kProbeRows + at.row(i), 0);
+    own[i] = max(n_keys - n_queries + query / block * block, 0) / block * block;
   }
   const auto load_profiles = [&](int first) {
-    for (int x = tid; x < 3 * kTileKeys; x += kProbeThreads)
-      s.slash[x] = first + x < p.Tk ? sum_at(p, p.slash, p.slash_spill, task.head, first + x) : 0.f;
+    for (int x = tid, u = first + tid; x < 3 * kTileKeys; x += kProbeThreads, u += kProbeThreads)
+      s.slash[x] = u < n_keys ? sum_at(p, p.slash, p.slash_spill, task.head, u) : 0.f;
     if (tid < kTileKeys)
-      s.vertical[tid] = first + tid < p.Tk ? p.vertical[task.head * p.Tk + first + tid] : 0.f;
+      s.vertical[tid] = first + tid < n_keys ? p.vertical[task.head * p.Tk + first + tid] : 0.f;
   };
   if (kAttribute) load_profiles(task.begin * kTileKeys);
   s.open[0][tid] = 0;
@@ -332,7 +334,7 @@ __global__ void __launch_bounds__(kProbeThreads, 3)
     s.keys[at.rows / 64][at.key(at.g / 2, at.g % 2)] = keys[0];
     sum_distances(distances, at, s.distances[tid / 32]);
     __syncthreads();
-    if (tid < kTileKeys && first + tid < p.Tk)
+    if (tid < kTileKeys && first + tid < n_keys)
       by_key[first + tid] = s.keys[0][tid] + s.keys[1][tid];
     for (int x = tid; x < 3 * kTileKeys; x += kProbeThreads) {
       float sum = x < kProbeRows ? s.open[parity][x] : 0.f;
@@ -344,7 +346,7 @@ __global__ void __launch_bounds__(kProbeThreads, 3)
       // no later tile reaches the places of this one's keys
       if (x >= kTileKeys)
         s.open[1 - parity][x - kTileKeys] = sum;
-      else if (first + x < p.Tk)
+      else if (first + x < n_keys)
         by_distance[first + x] = sum;
     }
     if (kAttribute) load_profiles(first + kTileKeys);

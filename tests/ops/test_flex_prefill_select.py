@@ -13,9 +13,12 @@ from hypothesis import strategies as st
 
 from bench.inputs import gen
 from sparse_attn.ops.flex_prefill_select import op
+from sparse_attn.reference import flex_prefill_select as reference
+from tests import simt
 from tests.cases import CUDA, DTYPES, ISAS, TRITON, Shape, call
 from tests.cases import RUNS as OTHER_RUNS
 from tests.cases import inputs as random_inputs
+from tests.simt.operators import arguments as simt_arguments
 
 ORACLES = Path(__file__).parents[1] / "oracles" / "flexprefill"
 FILES = json.loads((ORACLES / "flex_index.json").read_text())["inputs"]
@@ -304,6 +307,45 @@ def test_head_dims(run, D):
         got, want = (mask_of(query, key, r, **options)[0] for r in (run, RUNS[0]))
         assert (got != want).float().mean() <= 0.01
         assert want.sum() < 0.9 * 6 * visible(150, 330, 16).sum(), "something is left out"
+
+
+@pytest.mark.parametrize("run", RUNS, ids=str)
+def test_ties_go_to_the_lower_index(run):
+    """All mass at one key: the budgets are filled with blocks and distances of no mass."""
+    key = -torch.ones(1, 1, 400, 32, dtype=torch.bfloat16)
+    key[:, :, 211] = 1
+    query = torch.full((1, 2, 400, 32), 200.0, dtype=torch.bfloat16)
+    options = {"block_size": 25, "tau": 0.0, "min_budget": 75, "gamma": 0.5}
+    mask, _ = mask_of(query, key, run, **options)
+    # columns 0, 1 and that of the key; buckets 0, 1 and one of the key's seven or eight
+    want, _ = mask_of(query, key, **options)
+    assert torch.equal(mask, want) and mask[0, 0, -1].sum() < 9
+
+
+@pytest.mark.skipif(simt.why_not() is not None, reason=str(simt.why_not()))
+@pytest.mark.parametrize(
+    "chunk, length, block, D",
+    [(300, 300, 128, 64), (200, 520, 37, 40), (600, 600, 100, 136), (3, 290, 64, 8)],
+    ids=str,
+)
+def test_profiles_of_the_cuda_kernels(chunk, length, block, D):
+    """What they choose from, in the executor: the sums of the reference."""
+    shape = Shape(Tq=chunk, Tk=length, Hq=2, Hkv=1, D=D)
+    query, key = random_inputs(shape, torch.bfloat16, spread=2.0)[:2]
+    blocks, rows = -(-length // block), min(block, chunk)
+    inputs, outputs, numbers = simt_arguments(op, query, key, 0.9, 0.1, 0, None, block)
+    sums = {name: torch.empty(2, n, blocks) for name, n in (("mass", 1), ("ranked", 2))}
+    simt.run(op.name, inputs, outputs | sums, numbers, seed=chunk)
+    later = torch.ones(rows, length).triu(length - rows + 1).bool()
+    first = length - chunk + torch.arange(-(-chunk // block)) * block
+    for h in range(2):
+        scores = query[0, h, -rows:].double() @ key[0, 0].double().T / D**0.5
+        p = scores.masked_fill(later, -torch.inf).softmax(-1).float()
+        columns, buckets, _ = reference.attribute(p, first, chunk, block)
+        mass = reference.pad_sum(p.mean(0), block)
+        for got, want in ((sums["mass"][h, 0], mass), (sums["ranked"][h, 0], columns),
+                          (sums["ranked"][h, 1], buckets)):  # fmt: skip
+            torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the GPU decides the order of its threads")

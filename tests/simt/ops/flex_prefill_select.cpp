@@ -1,4 +1,5 @@
-// flex_prefill_select, and what its plan says.
+// flex_prefill_select, and what its plan says. Outputs with the name of a part of the scratch
+// memory receive that.
 #include "cuda/flex_prefill_select.cuh"
 #include "cuda/flex_prefill_select_plan.h"
 #include "simt/ops/common.h"
@@ -34,7 +35,9 @@ void run_as(const simt::Arguments& given) {
   const FlexPrefillPlan plan = plan_flex_prefill_select(p);
   std::deque<simt::Workspace> buffers;  // one each, so that none is left by its end
   each_flex_prefill_buffer(p, plan, [&](const char* name, auto*& pointer, int64_t n) {
-    buffers.emplace_back(a, name, static_cast<size_t>(n) * sizeof(*pointer));
+    const auto bytes = static_cast<size_t>(n) * sizeof(*pointer);
+    if (a.tensors.count(name) == 0) buffers.emplace_back(a, name, bytes);
+    if (a.tensor(name).bytes() != bytes) throw std::runtime_error(name + std::string(": size"));
     pointer = a.pointer<std::remove_reference_t<decltype(*pointer)>>(name);
   });
   if (plan.chooses) {
