@@ -22,15 +22,15 @@ struct Work {
   KeyRuns<C::kKeys> runs;
 };
 
-__device__ __forceinline__ KeyQuestion key_question(const BlockSparseAttentionCudaParams& p,
-                                                    const RowTile& rows) {
+__device__ __forceinline__ void ask_for_keys(KeyQuestion& q,
+                                             const BlockSparseAttentionCudaParams& p,
+                                             const RowTile& rows) {
   const auto& c = p.call;
   const int shift = static_cast<int>(c.Tk - c.Tq);
   const int64_t list_head = rows.first_head / (static_cast<int>(c.Hq) / static_cast<int>(c.Hi));
   const int32_t* count = c.counts + rows.batch * c.counts_stride[0] +
                          list_head * c.counts_stride[1] + rows.query_block * c.counts_stride[2];
   const int64_t most = min(c.K, (c.Tk + c.kv_block - 1) / c.kv_block);
-  KeyQuestion q;
   q.first_position = shift + rows.first_query;
   q.last_position = shift + rows.end_query - 1;
   q.n_keys = static_cast<int>(c.Tk);
@@ -41,7 +41,6 @@ __device__ __forceinline__ KeyQuestion key_question(const BlockSparseAttentionCu
   q.list = c.indices + rows.batch * c.indices_stride[0] + list_head * c.indices_stride[1] +
            rows.query_block * c.indices_stride[2];
   q.listed = min(max(*count, 0), static_cast<int>(most));
-  return q;
 }
 
 // Calls `f(i, row, chunk)` for the thread's share of the chunks of kRows rows, i = 0, 1, ...
@@ -186,8 +185,8 @@ __global__ void __launch_bounds__(AttentionConfig<T, kDim, kRows>::kThreads)
   const auto& runs = work.runs;
 
   if (threadIdx.x == 0) {
-    work.rows = row_tile(p);
-    work.keys = key_question(p, work.rows);
+    find_rows(work.rows, p);
+    ask_for_keys(work.keys, p, work.rows);
   }
   __syncthreads();
   if (rows.first_query >= p.call.Tq) return;

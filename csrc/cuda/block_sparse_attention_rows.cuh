@@ -40,11 +40,10 @@ struct RowTile {
   __device__ bool has(int row) const { return row < heads * queries && query_of(row) < end_query; }
 };
 
-__device__ __forceinline__ RowTile row_tile(const BlockSparseAttentionCudaParams& p) {
+__device__ __forceinline__ void find_rows(RowTile& rows, const BlockSparseAttentionCudaParams& p) {
   const auto& c = p.call;
   const int Hkv = static_cast<int>(c.Hkv), group = static_cast<int>(c.Hq) / Hkv;
   const int q_block = static_cast<int>(c.q_block);
-  RowTile rows;
   int i = static_cast<int>(blockIdx.x);
   rows.split = i % p.splits;
   rows.index = i = i / p.splits;
@@ -63,7 +62,6 @@ __device__ __forceinline__ RowTile row_tile(const BlockSparseAttentionCudaParams
   rows.first_query = rows.query_block * q_block + query_tile % p.query_tiles * p.queries;
   const int end_block = min((rows.query_block + 1) * q_block, static_cast<int>(c.Tq));
   rows.end_query = min(rows.first_query + p.queries, end_block);
-  return rows;
 }
 
 }  // namespace sparse_attn

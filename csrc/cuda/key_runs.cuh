@@ -106,17 +106,15 @@ struct KeyRuns {
 
   __device__ void set(int run, int from, int to) { first[run] = from, stop[run] = to; }
 
-  // The key in place `key` of tile `i`, or -1 where there is none. Wrong ids are clamped: no list
-  // leads outside of the keys.
+  // The key in place `key` of tile `i`, or -1 where there is none: no list leads outside of the keys.
   __device__ int token(const KeyQuestion& q, int i, int key) const {
     const int run = run_of(i);
     const int place = first[run] + (i - tile[run]) * kKeys + key;
     if (place >= stop[run]) return -1;
     if (source(run) != KeySource::list) return place;
-    const int last_block = (q.n_keys - 1) / q.kv_block;
-    const int block = min(max(__ldg(q.list + place / q.kv_block), 0), last_block);
-    const int token = block * q.kv_block + place % q.kv_block;
-    return token < q.n_keys && token >= q.sink ? token : -1;
+    const int64_t block = __ldg(q.list + place / q.kv_block);
+    const int64_t token = block * q.kv_block + place % q.kv_block;
+    return token >= q.sink && token < q.n_keys ? static_cast<int>(token) : -1;
   }
 };
 

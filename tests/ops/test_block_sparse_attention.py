@@ -262,9 +262,10 @@ def test_sink_and_window_beside_long_lists(run, q_block, kv_block, heads):
 def test_a_list_out_of_order_stays_inside_the_keys(run):
     """Undefined values, but no read outside: interpreter and executor would tell."""
     shape = Shape(Tq=130, Tk=200, Hi=1, q_block=64, kv_block=64)
-    wrong = torch.tensor([3, -9, 2**31 - 1, 0], dtype=torch.int32).expand(1, 1, 3, 4).contiguous()
-    for counts in (4, 2**30, -5):
-        listed = BlockIndex(wrong, torch.full((1, 1, 3), counts, dtype=torch.int32), 64, 64)
+    lists = ([3, -9, 2**31 - 1, 0], [9, 1, 8, 0])
+    for wrong, counts in itertools.product(lists, (4, 2**30, -5)):
+        ids = torch.tensor(wrong, dtype=torch.int32).expand(1, 1, 3, 4).contiguous()
+        listed = BlockIndex(ids, torch.full((1, 1, 3), counts, dtype=torch.int32), 64, 64)
         out, _ = call(op, run, *inputs(shape, torch.bfloat16), *listed, sink=3)
         assert out.isfinite().all()
 
