@@ -5,6 +5,7 @@ See docs/cuda.md. The sources are compiled with g++ at the first use and cached 
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import importlib.util
 import os
@@ -73,7 +74,7 @@ def compile_all(csrc: Path, ops: Iterable[str], name: str, target: Path) -> None
             objects = list(pool.map(compile_one, sources))
         linked = f"{folder}/{target.name}"
         subprocess.run(["g++", "-shared", *objects, "-o", linked, "-ldl"], check=True)
-        os.replace(linked, target)  # another process may be at it too
+        os.replace(linked, target)
 
 
 @cache
@@ -82,9 +83,11 @@ def module(csrc: Path = CSRC, ops: tuple[str, ...] | None = None) -> ModuleType:
     ops = ops or tuple(sorted(p.stem for p in (HERE / "ops").glob("*.cpp")))
     name = "simt_" + hashlib.sha256(repr((digest(csrc), ops)).encode()).hexdigest()[:12]
     target = CACHE / f"{name}.so"
-    if not target.exists():
-        CACHE.mkdir(parents=True, exist_ok=True)
-        compile_all(csrc, ops, name, target)
+    CACHE.mkdir(parents=True, exist_ok=True)
+    with (CACHE / "lock").open("w") as lock:  # another process may be at it: one is enough
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not target.exists():
+            compile_all(csrc, ops, name, target)
     spec = importlib.util.spec_from_file_location(name, target)
     assert spec is not None and spec.loader is not None
     loaded = importlib.util.module_from_spec(spec)
