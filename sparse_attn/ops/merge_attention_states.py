@@ -50,6 +50,7 @@ def _backward(backend, ctx, grad_out, grad_lse):
     for out_x, lse_x in ((out_a, lse_a), (out_b, lse_b)):
         weight = torch.exp(lse_x - known)
         apart = (grad_out.to(lse.dtype) * (out_x.to(lse.dtype) - out.to(lse.dtype))).sum(-1)
+        apart = apart.masked_fill(lse_x == -torch.inf, 0)  # the out of an empty side is not read
         grads.append((weight[..., None] * grad_out).to(out_x.dtype))
         grads.append(weight * (apart + grad_lse))
     return tuple(grads)
