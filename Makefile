@@ -5,7 +5,7 @@ TORCH ?= torch==2.13.0
 TRITON ?= triton==3.6.0
 VENV := .venv
 BIN := $(VENV)/bin
-SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h') setup.py pyproject.toml
+SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' -o -name '*.h') setup.py pyproject.toml
 
 .PHONY: demo test sanitize bench lint clean
 
@@ -14,8 +14,8 @@ $(BIN)/python:
 
 # torch first, by itself: a dependency that asks for "torch" must find it installed
 $(VENV)/.torch: | $(BIN)/python
-	$(BIN)/python -c "import torch" 2>/dev/null || $(BIN)/pip install $(TORCH)
-	@echo "Installed $(TORCH). For a CUDA build: make $(MAKECMDGOALS) TORCH=..., see README.md"
+	$(BIN)/python -c "import torch" 2>/dev/null || { $(BIN)/pip install $(TORCH) && \
+	  echo "Installed $(TORCH). For a CUDA build: make $(MAKECMDGOALS) TORCH=..., see README.md"; }
 	@touch $@
 
 $(VENV)/.installed: $(VENV)/.torch $(SOURCES)
@@ -39,7 +39,7 @@ test: $(VENV)/.installed $(VENV)/.triton
 sanitize: $(VENV)/.installed
 	rm -rf build/sanitize && mkdir -p build/sanitize
 	git ls-files -z | xargs -0 cp --parents -t build/sanitize
-	cd build/sanitize && CXX=g++ LDFLAGS=-fsanitize=address \
+	cd build/sanitize && SPARSE_ATTN_BUILD=cpu CXX=g++ LDFLAGS=-fsanitize=address \
 		CXXFLAGS="-fsanitize=address -fno-omit-frame-pointer -g1" \
 		$(abspath $(BIN))/python setup.py -q build_ext --inplace \
 		2>build.log || { tail build.log; exit 1; }

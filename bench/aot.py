@@ -1,7 +1,9 @@
-"""`python -m bench aot [--quick]`: compiles the Triton kernels for every architecture, with no GPU.
+"""`python -m bench aot [--quick] [--json]`: compiles the Triton kernels for GPUs that are not here.
 
+Without options it also writes bench/results/aot.json, from which docs/gpu.md is made.
 Each case runs an operator's launcher on fake CUDA tensors; what it would launch is compiled. The
-table shows registers and spilled bytes per thread and shared memory per block.
+table shows registers and spilled bytes per thread and shared memory per block; the command fails
+where one is over its bound.
 """
 
 from __future__ import annotations
@@ -10,6 +12,7 @@ import json
 import os
 import re
 import subprocess
+import tempfile
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -17,7 +20,9 @@ from typing import Any
 
 import torch
 
-SHARED_LIMIT = {"sm_80": 163 * 1024, "sm_90": 227 * 1024, "sm_100": 227 * 1024}  # bytes per block
+# bytes per block; consumer parts take the tiles of sm_80 and have less than it
+SHARED_LIMIT = {"sm_80": 99 * 1024, "sm_90": 227 * 1024, "sm_100": 227 * 1024}
+SPILL_LIMIT = 128  # bytes per thread: a few values that live across the loops, none inside them
 DTYPES = {"bf16": torch.bfloat16, "f16": torch.float16, "f32": torch.float32}
 
 
@@ -33,6 +38,7 @@ class Row:
     registers: int
     spilled: int
     shared: int
+    seconds: float  # of one processor, to compile; almost 0 if Triton's cache had it
 
 
 def attention(dtype: str, head_dim: int, n_queries: int, q_block: int = 128, kv_block: int = 128,
@@ -100,19 +106,44 @@ def cases(quick: bool) -> dict[str, tuple[Any, ...]]:
             found[f"decode {dtype} {d}"] = (attention, dtype, d, 1, 1, 16, True)
             found[f"backward {dtype} {d}"] = (backward, dtype, d)
             found[f"select {dtype} {d}"] = (flex_prefill, dtype, d)
+            if not quick:
+                found[f"sink+window {dtype} {d}"] = (attention, dtype, d, 4096, 128, 128, True)
+                found[f"blocks of 64 {dtype} {d}"] = (attention, dtype, d, 4096, 64, 64)
+                found[f"blocks of 16 {dtype} {d}"] = (attention, dtype, d, 4096, 16, 16)
+                found[f"gathered tokens {dtype} {d}"] = (attention, dtype, d, 4096, 128, 1, True)
     if not quick:
+        found |= {f"merge {dtype} 128": (merge, dtype, 128) for dtype in DTYPES}
         for d in (64, 128, 256):
-            found[f"sink+window bf16 {d}"] = (attention, "bf16", d, 4096, 128, 128, True)
             found[f"backward, sink+window bf16 {d}"] = (backward, "bf16", d, 128, True)
-            found[f"blocks of 64 bf16 {d}"] = (attention, "bf16", d, 4096, 64, 64)
-        found["blocks of 16 bf16 128"] = (attention, "bf16", 128, 4096, 16, 16)
         found["backward, blocks of 16 bf16 128"] = (backward, "bf16", 128, 16)
         found["backward bf16 192, values 128"] = (backward, "bf16", 192, 128, False, 128)
-        found["gathered tokens bf16 128"] = (attention, "bf16", 128, 4096, 128, 1, True)
         found["select bf16 128, blocks of 64"] = (flex_prefill, "bf16", 128, 64)
         found["prefill bf16 96"] = (attention, "bf16", 96, 4096)
         found["prefill bf16 192, values 128"] = (attention, "bf16", 192, 4096, 128, 128, False, 128)
     return found
+
+
+def specialise(kernel: Any, args: tuple[Any, ...], options: dict[str, Any]) -> tuple[Any, ...]:
+    """What a launch compiles for: types, constants, and which arguments are multiples of 16."""
+    named = dict(zip(kernel.arg_names, args, strict=False)) | options
+    types: dict[str, str] = {}
+    constants: dict[str, Any] = {}
+    multiples = []
+    for i, parameter in enumerate(kernel.params):
+        name, x = parameter.name, named[parameter.name]
+        free = parameter.do_not_specialize
+        if parameter.is_constexpr or (isinstance(x, int) and x == 1 and not free):
+            types[name], constants[name] = "constexpr", x
+        elif isinstance(x, torch.Tensor):
+            types[name] = "*" + NAMES[x.dtype]
+            multiples.append(i)  # PyTorch's allocations are
+        elif isinstance(x, float):
+            types[name] = "fp32"
+        else:
+            types[name] = "i32" if -(2**31) <= x < 2**31 else "i64"
+            if x % 16 == 0 and not free:
+                multiples.append(i)
+    return types, constants, multiples
 
 
 def compile_one(kernel: Any, args: tuple[Any, ...], options: dict[str, Any], arch: str) -> Any:
@@ -121,25 +152,11 @@ def compile_one(kernel: Any, args: tuple[Any, ...], options: dict[str, Any], arc
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    named = dict(zip(kernel.arg_names, args, strict=False))
-    flags = {k: options[k] for k in options if k in ("num_warps", "num_stages")}
-    named |= {k: v for k, v in options.items() if k not in flags}
-    signature, constants, aligned = {}, {}, {}
-    for i, parameter in enumerate(kernel.params):
-        x = named[parameter.name]
-        fixed = parameter.is_constexpr or (x == 1 and not parameter.do_not_specialize
-                                           if isinstance(x, int) else False)  # fmt: skip
-        if fixed:
-            signature[parameter.name], constants[parameter.name] = "constexpr", x
-        elif isinstance(x, torch.Tensor):
-            signature[parameter.name] = "*" + NAMES[x.dtype]
-            aligned[(i,)] = [["tt.divisibility", 16]]
-        else:
-            signature[parameter.name] = "fp32" if isinstance(x, float) else "i32"
-            if isinstance(x, int) and x % 16 == 0 and not parameter.do_not_specialize:
-                aligned[(i,)] = [["tt.divisibility", 16]]
-    source = ASTSource(kernel, signature, constants, aligned)
+    types, constants, multiples = specialise(kernel, args, options)
+    aligned = {(i,): [["tt.divisibility", 16]] for i in multiples}
+    source = ASTSource(kernel, types, constants, aligned)
     target = GPUTarget("cuda", int(arch.removeprefix("sm_")), 32)
+    flags = {k: options[k] for k in options if k in ("num_warps", "num_stages")}
     return triton.compile(source, target=target, options=flags)
 
 
@@ -152,33 +169,53 @@ def usage(compiled: Any) -> dict[str, int]:
     import triton
 
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-    path = Path(os.environ.get("TMPDIR", "/tmp")) / f"sparse_attn_{os.getpid()}.cubin"
-    path.write_bytes(compiled.asm["cubin"])
-    text = subprocess.run(
-        [tool, "-res-usage", path], capture_output=True, text=True, check=True
-    ).stdout
-    path.unlink()
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        text = subprocess.run(
+            [tool, "-res-usage", file.name], capture_output=True, text=True, check=True
+        ).stdout
     registers, stack = re.search(r"REG:(\d+) STACK:(\d+)", text).groups()
     return {"registers": int(registers), "spilled": int(stack)}
 
 
-def compile_case(name: str, arch: str, quick: bool) -> list[Row]:
-    """Everything one case would launch."""
+def launches(arch: str, function: Any, *args: Any) -> list[tuple[Any, ...]]:
+    """(kernel, programs, arguments, options) of what a function of fake tensors would launch."""
     from sparse_attn.triton_kernels import launch
     from torch._subclasses.fake_tensor import FakeTensorMode
 
-    rows = []
+    found: list[tuple[Any, ...]] = []
 
     def record(kernel: Any, programs: int, *args: Any, **options: Any) -> None:
-        compiled = compile_one(kernel, args, options, arch)
-        m = compiled.metadata
-        rows.append(Row(name, arch, kernel.__name__.removesuffix("_kernel"), m.num_warps,
-                        m.num_stages, shared=m.shared, **usage(compiled)))  # fmt: skip
+        found.append((kernel, programs, args, options))
 
+    run, properties = launch.run, launch.properties
     launch.run, launch.properties = record, lambda index: (arch, 132)
-    function, *args = cases(quick)[name]
-    with FakeTensorMode():
-        function(*args)
+    try:
+        with FakeTensorMode():
+            function(*args)
+    finally:
+        launch.run, launch.properties = run, properties
+    return found
+
+
+def processor_seconds() -> float:
+    """Of this process and of the assembler that it has run."""
+    t = os.times()
+    return t.user + t.system + t.children_user + t.children_system
+
+
+def compile_case(name: str, arch: str, quick: bool) -> list[Row]:
+    """Everything one case would launch."""
+    rows = []
+    for kernel, _, args, options in launches(arch, *cases(quick)[name]):
+        start = processor_seconds()
+        compiled = compile_one(kernel, args, options, arch)
+        seconds = round(processor_seconds() - start, 2)
+        m = compiled.metadata
+        kernel_name = kernel.__name__.removesuffix("_kernel")
+        used = usage(compiled) | {"shared": m.shared, "seconds": seconds}
+        rows.append(Row(name, arch, kernel_name, m.num_warps, m.num_stages, **used))
     return rows
 
 
@@ -188,20 +225,38 @@ def table(quick: bool, processes: int) -> list[Row]:
         return [row for rows in pool.map(compile_case, *zip(*jobs, strict=True)) for row in rows]
 
 
-def main(arguments: list[str]) -> None:
-    if os.environ.get("TRITON_INTERPRET") == "1":
-        raise SystemExit("TRITON_INTERPRET=1: the interpreter compiles nothing, unset it")
-    rows = table("--quick" in arguments, os.cpu_count() or 1)
-    if "--json" in arguments:
-        print(json.dumps([asdict(row) for row in rows]))
-        return
-    print("| case | kernel | " + " | ".join(SHARED_LIMIT) + " |\n|---|---|" + "---|" * 3)
+def over_limits(rows: list[Row]) -> list[str]:
+    """What spills more than it may, or needs more shared memory than there is."""
+    return [
+        f"{r.case}, {r.kernel}, {r.arch}: {r.spilled} bytes spilled, {r.shared} bytes shared"
+        for r in rows
+        if r.spilled > SPILL_LIMIT or r.shared > SHARED_LIMIT[r.arch]
+    ]
+
+
+def markdown(rows: list[Row]) -> str:
+    """registers / spilled bytes / shared memory; of kernels compiled twice in a case the larger."""
     groups: dict[tuple[str, str], dict[str, Row]] = {}
-    for row in sorted(rows, key=lambda r: (r.spilled, r.registers)):  # the most demanding variant
+    for row in sorted(rows, key=lambda r: (r.spilled, r.registers)):
         groups.setdefault((row.case, row.kernel), {})[row.arch] = row
+    lines = ["| case | kernel | " + " | ".join(SHARED_LIMIT) + " |", "|---|---|" + "---|" * 3]
     for (case, kernel), found in sorted(groups.items()):
         cells = [
             f"{r.registers} / {r.spilled} / {r.shared / 1024:.0f} KiB"
             for r in (found[arch] for arch in SHARED_LIMIT)
         ]
-        print(f"| {case} | `{kernel}` | " + " | ".join(cells) + " |")
+        lines.append(f"| {case} | `{kernel}` | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def main(arguments: list[str]) -> None:
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        raise SystemExit("TRITON_INTERPRET=1: the interpreter compiles nothing, unset it")
+    rows = table("--quick" in arguments, os.cpu_count() or 1)
+    as_json = "[\n" + ",\n".join(json.dumps(asdict(row)) for row in rows) + "\n]\n"
+    print(as_json if "--json" in arguments else markdown(rows))
+    if not arguments:
+        (Path(__file__).parent / "results" / "aot.json").write_text(as_json)
+    wrong = over_limits(rows)
+    if wrong:
+        raise SystemExit("over the limits:\n" + "\n".join(wrong))

@@ -9,6 +9,7 @@ from . import ops  # noqa: F401  (registers the operators)
 from .api import Stats, attention, backends, explain, info, select
 from .block_index import BlockIndex
 from .methods import METHODS
+from .warmup import Warmed, warmup
 
 __version__ = "0.1.0"
 globals().update({config.__name__: config for config in METHODS.values()})
@@ -16,10 +17,12 @@ globals().update({config.__name__: config for config in METHODS.values()})
 __all__ = [
     "BlockIndex",
     "Stats",
+    "Warmed",
     "attention",
     "backends",
     "explain",
     "info",
     "select",
+    "warmup",
     *(config.__name__ for config in METHODS.values()),
 ]

@@ -1,41 +1,83 @@
-"""Loads the compiled extension, looks for Triton; keeps the reason when there is none."""
+"""Loads the compiled extensions, finds Triton and CuPy; keeps the reasons where there is none."""
 
 from __future__ import annotations
 
+import sys
 from importlib import import_module
-from importlib.util import find_spec
+from importlib.util import find_spec, module_from_spec, spec_from_file_location
+from pathlib import Path
+from typing import Any
 
 OLDEST_TORCH = (2, 11)
 
 
-def _load() -> str | None:
-    """None when the C++ kernels are registered, otherwise why they are not and what would help."""
+def _load(module: str, name: str, built: str) -> str | None:
+    """None when an extension's kernels are registered, otherwise why not and what would help.
+
+    `built` names the line of _build_info.py that says why it was not built.
+    """
     import torch
 
     found = tuple(int(x) for x in torch.__version__.split("+")[0].split(".")[:2])
     if found < OLDEST_TORCH:
-        return f"built for torch >= 2.11, found {torch.__version__}: upgrade torch"
+        return f"{name} is built for torch >= 2.11, found {torch.__version__}: upgrade torch"
     try:
-        import_module("sparse_attn._C")
+        import_module(f"sparse_attn.{module}")
     except ModuleNotFoundError:
-        try:
-            reason = import_module("sparse_attn._build_info").CPU_EXTENSION_MISSING
-        except ModuleNotFoundError:
-            reason = None
-        return f"C++ extension not built ({reason or 'run `pip install -e .` in the checkout'})"
+        reason = _build_info(built) or "run `pip install -e .` in the checkout"
+        return f"{name} not built ({reason})"
     except ImportError as error:
-        return f"C++ extension does not load ({error}): reinstall against this torch"
+        return f"{name} does not load ({error}): reinstall against this torch"
     return None
 
 
-def _find_triton() -> str | None:
-    """None when Triton is installed; it is imported by the first kernel, not here."""
+def _build_info(name: str) -> Any:
+    """What setup.py has noted under a name, None if it has not."""
     try:
-        found = find_spec("triton") is not None
+        return getattr(import_module("sparse_attn._build_info"), name, None)
+    except ModuleNotFoundError:
+        return None
+
+
+def cuda_archs() -> str:
+    """The architectures that the CUDA extension has code for."""
+    return " ".join(f"sm_{arch}" for arch in _build_info("CUDA_ARCHS") or ())
+
+
+def _installed(module: str) -> bool:
+    """Whether a package is there; it is imported by the first kernel, not here."""
+    try:
+        return find_spec(module) is not None
     except ValueError:  # blocked in sys.modules
-        found = False
-    return None if found else "Triton is not installed: pip install triton"
+        return False
 
 
-cpp_missing: str | None = _load()
-triton_missing: str | None = _find_triton()
+def _find_kernels() -> None:
+    """Lets a checkout run that is not installed: there the kernels lie beside the package."""
+    name = "sparse_attn.triton_kernels"
+    folder = Path(__file__).parents[1] / "triton_kernels"
+    if find_spec(name) is None and (folder / "__init__.py").exists():
+        spec = spec_from_file_location(
+            name, folder / "__init__.py", submodule_search_locations=[str(folder)]
+        )
+        assert spec is not None and spec.loader is not None
+        module = sys.modules[name] = module_from_spec(spec)
+        spec.loader.exec_module(module)
+
+
+def _cupy() -> str:
+    import torch
+
+    return f"cupy-cuda{(torch.version.cuda or '13').split('.')[0]}x"
+
+
+_find_kernels()
+cpp_missing: str | None = _load("_C", "C++ extension", "CPU_EXTENSION_MISSING")
+cuda_extension_missing: str | None = _load("_C_cuda", "CUDA extension", "CUDA_EXTENSION_MISSING")
+# without the extension NVRTC compiles the same kernels at the first call, through CuPy
+cuda_missing: str | None = None
+if cuda_extension_missing and not _installed("cupy"):
+    cuda_missing = f"{cuda_extension_missing}; or compile at first use: pip install {_cupy()}"
+triton_missing: str | None = (
+    None if _installed("triton") else "Triton is not installed: pip install triton"
+)

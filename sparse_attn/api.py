@@ -13,16 +13,25 @@ from .methods import Selection, resolve
 from .methods.dense import Dense
 from .ops import _checks as check
 from .ops.block_sparse_attention import op as attend
-from .registry import BACKENDS, OPS
+from .registry import BACKENDS, OPS, Op, requested
 
 
 class Stats(NamedTuple):
-    """What a call did: the backend, the share of visible blocks computed, why it was dense."""
+    """What a call did.
+
+    Attributes:
+        method: its name, or "index".
+        backend: the one that attended.
+        density: share of the visible blocks that was computed.
+        fallback: why the dense path was taken, None if it was not.
+        selected_by: the backend that chose the blocks, None where no operator chose any.
+    """
 
     method: str
     backend: str
     density: float
     fallback: str | None
+    selected_by: str | None
 
 
 def attention(
@@ -48,7 +57,7 @@ def attention(
         key: [B, Hkv, Tk, D]; query head h reads KV head h // (Hq // Hkv).
         value: [B, Hkv, Tk, Dv].
         method: a name or a config such as `FlexPrefill(gamma=0.9)`.
-        index: attend to these blocks instead of selecting any.
+        index: attend to these blocks instead of selecting any; a batch of 1 serves every batch.
         causal: query i stands at position Tk - Tq + i and sees keys up to itself (bottom-right
             aligned, unlike torch's `is_causal`).
         scale: multiplies query @ key; None for 1 / sqrt(D).
@@ -66,15 +75,20 @@ def attention(
     """
     query, key, value = attend.cast(query, key, value)
     check.query_key_value(query, key, value)
-    dense_because = None
+    backend = requested(backend)
+    dense_because = selector = None
     if index is not None:
+        if not isinstance(index, BlockIndex):
+            raise TypeError(f"index: expected a BlockIndex, got {type(index).__name__}")
+        index = index.expand(query.shape[0])
         selection, name = Selection(index), "index"
     else:
         config = resolve(method)
         name = config.name
         dense_because = _dense_because(config, query, key, causal, fallback, backend)
-        selector = config if dense_because is None else Dense()
-        selection = selector.select(  # what is chosen has no gradient
+        config = config if dense_because is None else Dense()
+        selector = config.selector(query, key, causal, scale)
+        selection = config.select(  # what is chosen has no gradient
             query.detach(), key.detach(), causal=causal, scale=scale, backend=backend
         )
     chosen, sink, window = selection
@@ -90,6 +104,7 @@ def attention(
                 attend.select(args, backend).backend,
                 _density(selection, query.shape[2], key.shape[2], causal),
                 dense_because,
+                selector and selector[0].select(selector[1], backend).backend,
             )
         )
     return results[0] if len(results) == 1 else tuple(results)
@@ -115,13 +130,15 @@ def _dense_because(
         raise NotImplementedError(f"method {config.name!r} cannot serve this call: {reason}")
     if not fallback:
         return None
-    return dense_is_faster(config.name, backend or _backend_for(query), query, key)
+    return dense_is_faster(config.name, backend or _backend_for(query, key), query, key)
 
 
-def _backend_for(query: torch.Tensor) -> str:
-    """The backend that attends where none was asked for."""
-    row = next((i for i in attend.impls if i.is_for(query.device.type) and not i.missing), None)
-    return row.backend if row is not None else "reference"
+def _backend_for(query: torch.Tensor, key: torch.Tensor) -> str:
+    """The backend that attends where none was asked for, of those that may differ in speed."""
+    for row in attend.impls:
+        if row.is_for(query.device.type) and not row.missing and row.when(query, key, key) is True:
+            return row.backend
+    return "reference"
 
 
 def select(
@@ -135,6 +152,7 @@ def select(
 ) -> BlockIndex:
     """The blocks a method would attend to: look before you attend, reuse across steps or layers."""
     check.query_key(query, key)
+    backend = requested(backend)
     config = resolve(method)
     reason = config.why_not(query, key, causal)
     if reason is not None:
@@ -159,7 +177,9 @@ def explain(
     fallback: bool = True,
 ) -> str:
     """In words: what `attention` would do with these arguments, and why not otherwise."""
+    query, key, value = attend.cast(query, key, value)
     check.query_key_value(query, key, value)
+    backend = requested(backend)
     config = resolve(method)
     lines = [f"method {config.name}: {config}"]
     reason = config.why_not(query, key, causal)
@@ -168,16 +188,26 @@ def explain(
     dense = _dense_because(config, query, key, causal, fallback, backend)
     if dense is not None:
         lines.append(f"takes the dense path: {dense} (fallback=False forces the method)")
+    selector = config.selector(query, key, causal, None) if dense is None else None
+    if selector is not None:
+        lines += _explain_op(*selector, backend)
     index = Dense().select(query, key).index
     args = attend.bind(query, key, value, *index, causal, key.shape[2])
-    reasons = attend.reasons(args)
-    device = query.device.type
-    ready = (i.backend for i in attend.impls if i.is_for(device) and reasons[i.backend] is None)
-    chosen = backend or next(ready, None)
+    return "\n".join([*lines, *_explain_op(attend, args, backend)])
+
+
+def _explain_op(op: Op, args: tuple[Any, ...], backend: str | None) -> list[str]:
+    """An operator's backends: which one serves the call, and why not the others."""
+    reasons = op.reasons(args)
+    try:
+        used = op.select(args, backend).backend
+    except NotImplementedError:
+        used = None
+    spare = "could serve, is not preferred" if backend is None else f"{backend} was asked for"
+    lines = [f"{op.name}:" if used else f"{op.name}: raises NotImplementedError"]
     for name in BACKENDS:
-        verdict = "used" if name == chosen and reasons[name] is None else reasons[name]
-        lines.append(f"  {name}: {verdict or 'could serve, is not preferred'}")
-    return "\n".join(lines)
+        lines.append(f"  {name}: {'used' if name == used else reasons[name] or spare}")
+    return lines
 
 
 def backends() -> dict[str, dict[str, str | None]]:
@@ -206,6 +236,10 @@ def info() -> str:
             f"instruction set: {cpu_isa.cpu_isa()} of {', '.join(cpu_isa.available())}; "
             f"{torch.get_num_threads()} threads"
         )
+    cuda = _ext.cuda_extension_missing or f"loaded, for {_ext.cuda_archs()}"
+    if _ext.cuda_extension_missing and not _ext.cuda_missing:
+        cuda += "; CuPy compiles its kernels at their first call"
+    lines.append(f"CUDA extension: {cuda}")
     lines.append(f"CUDA device: {torch.cuda.is_available()}")
     for name, row in backends().items():
         ready = [b for b, why in row.items() if why is None]

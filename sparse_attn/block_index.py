@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
+from .ops import _checks as check
 from .reference.block_sparse_attention import block_mask, check_index
 
 if TYPE_CHECKING:
@@ -34,12 +35,17 @@ class BlockIndex(NamedTuple):
     ) -> BlockIndex:
         """From a bool mask [B, H', Mq, Nk].
 
-        `max_blocks` bounds the capacity K; ValueError if a row has more blocks than that.
+        `max_blocks` bounds the capacity K; ValueError if a row has more blocks than that, which is
+        found by reading the device. Without `max_blocks` nothing is read.
         """
         if mask.dtype != torch.bool or mask.dim() != 4:
             raise ValueError(
                 f"mask: expected bool [B, H, Mq, Nk], got {mask.dtype} {tuple(mask.shape)}"
             )
+        check.block_size("q_block", q_block)
+        check.block_size("kv_block", kv_block)
+        if max_blocks is not None:
+            check.not_negative("max_blocks", max_blocks)
         counts = mask.sum(-1, dtype=torch.int32)
         indices = mask.to(torch.int8).argsort(dim=-1, descending=True, stable=True)
         if max_blocks is not None and max_blocks < mask.shape[-1]:
@@ -54,15 +60,36 @@ class BlockIndex(NamedTuple):
         cls, n_queries: int, n_keys: int, q_block: int = 128, kv_block: int = 128, **factory: Any
     ) -> BlockIndex:
         """Lists every causally visible block, [1, 1, Mq, Nk]; `factory` goes to torch.arange."""
+        check.block_size("q_block", q_block)
+        check.block_size("kv_block", kv_block)
         n_blocks = -(-n_keys // kv_block)
         last = torch.arange(-(-n_queries // q_block), **factory) * q_block + q_block - 1
         last = last.clamp(max=n_queries - 1) + n_keys - n_queries
         block = torch.arange(n_blocks, **factory)
         return cls.from_mask((block * kv_block <= last[:, None])[None, None], q_block, kv_block)
 
+    def expand(self, batch: int) -> BlockIndex:
+        """The same index for each of `batch` sequences, without a copy, if it is for one."""
+        if self.indices.shape[:1] != (1,) or batch == 1:
+            return self
+        indices = self.indices.expand(batch, *self.indices.shape[1:])
+        counts = self.counts.expand(batch, *self.counts.shape[1:])
+        return self._replace(indices=indices, counts=counts)
+
     def to_mask(self, n_keys: int) -> torch.Tensor:
-        """The listed blocks as bool [B, H', Mq, ceil(n_keys / kv_block)]."""
-        return block_mask(self.indices, self.counts, -(-n_keys // self.kv_block))
+        """The listed blocks as bool [B, H', Mq, ceil(n_keys / kv_block)].
+
+        ValueError if a listed block lies beyond the keys; this check reads the device.
+        """
+        n_blocks = -(-n_keys // self.kv_block)
+        listed = torch.arange(self.indices.shape[-1], device=self.indices.device)
+        beyond = (listed < self.counts[..., None]) & (self.indices >= n_blocks)
+        if beyond.any():
+            raise ValueError(
+                f"n_keys: got {n_keys}, {n_blocks} blocks of {self.kv_block}, but block "
+                f"{int(self.indices[beyond].max())} is listed"
+            )
+        return block_mask(self.indices, self.counts, n_blocks)
 
     def transpose(self, n_keys: int) -> tuple[torch.Tensor, torch.Tensor]:
         """The index from the side of the keys, (offsets, rows); nothing is read on the host.
@@ -89,9 +116,8 @@ class BlockIndex(NamedTuple):
                 raise ValueError(
                     f"{name}: expected int32 with {rank} dimensions, got {x.dtype} {tuple(x.shape)}"
                 )
-        for name, size in (("q_block", self.q_block), ("kv_block", self.kv_block)):
-            if not 1 <= size <= 128:
-                raise ValueError(f"{name}: got {size}, expected 1 to 128")
+        check.block_size("q_block", self.q_block)
+        check.block_size("kv_block", self.kv_block)
         if self.counts.shape != self.indices.shape[:3]:
             raise ValueError(
                 f"counts: shape {tuple(self.counts.shape)}, expected "
@@ -119,7 +145,7 @@ class BlockIndex(NamedTuple):
         return ((mask & visible).sum() / visible.expand_as(mask).sum().clamp(min=1)).item()
 
     def to_flex(self, n_queries: int, n_keys: int, causal: bool = True) -> BlockMask:
-        """The same pattern for FlexAttention. Needs equal q_block and kv_block use in the kernel.
+        """The same pattern for FlexAttention.
 
         With `causal` the mask function keeps keys up to the query's bottom-right aligned position.
         Compile `flex_attention`: run eagerly it ignores the listed blocks.

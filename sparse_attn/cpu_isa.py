@@ -29,3 +29,6 @@ def available() -> tuple[str, ...]:
     best = cpu_isa("auto")
     cpu_isa(current)
     return NAMES[: NAMES.index(best) + 1]
+
+
+BEST = available()[-1] if _ext.cpp_missing is None else "portable"  # what is used by default

@@ -1,29 +1,49 @@
-"""From which length on a method is faster than dense attention: measured, one line per finding.
+"""From which length on a method is faster than dense attention: a small measured table.
 
-`python -m bench crossover` measures the entries again.
+`python -m bench crossover` measures the entries again, with the defaults of each method;
+bench/gpu_check.py will measure those of a GPU.
 """
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 
-# (method, backend) -> fewest keys at which the method wins, for at least as many queries
-MIN_KEYS = {
-    ("flex_prefill", "cpp"): 8192,
+from . import cpu_isa
+
+
+class Crossover(NamedTuple):
+    """The method wins from so many keys on, for at least so many queries."""
+
+    keys: int
+    queries: int
+
+
+# method -> instruction set of the C++ kernels -> what bench/results/crossover.json shows there
+MEASURED: dict[str, dict[str, Crossover]] = {
+    "flex_prefill": {
+        "amx": Crossover(16384, 4096),
+        "avx512bf16": Crossover(8192, 2048),
+    },
 }
-MIN_QUERIES = 2048  # below this, choosing costs more than attending
+CAUTIOUS = Crossover(16384, 4096)  # where nobody has measured
 
 
 def dense_is_faster(
     method: str, backend: str, query: torch.Tensor, key: torch.Tensor
 ) -> str | None:
     """Why the dense path is taken, or None."""
-    n_queries, n_keys = query.shape[2], key.shape[2]
-    least = MIN_KEYS.get((method, backend))
-    if least is None:
+    if method not in MEASURED or backend == "reference":
         return None
-    if n_keys < least:
-        return f"dense is faster below {least} keys ({n_keys} given)"
-    if n_queries < MIN_QUERIES:
-        return f"dense is faster below {MIN_QUERIES} queries ({n_queries} given)"
+    place = cpu_isa.BEST if backend == "cpp" else backend
+    measured = MEASURED[method].get(place)
+    least = measured or CAUTIOUS
+    why = "" if measured else f"; a guess: {method} has not been measured on {place}"
+    for n, enough, what in (
+        (key.shape[2], least.keys, "keys"),
+        (query.shape[2], least.queries, "queries"),
+    ):
+        if n < enough:
+            return f"dense is faster below {enough} {what} ({n} given){why}"
     return None

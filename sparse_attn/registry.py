@@ -15,6 +15,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from torch.autograd import forward_ad
 
 from . import _ext, env
 
@@ -85,6 +86,11 @@ class Op:
         self._validate = fn
         return fn
 
+    def empty(self, *args: Any) -> tuple[torch.Tensor, ...]:
+        """Tensors for the results of a call, without values."""
+        assert self._fake is not None
+        return self._fake(*args)
+
     def check(self, *args: Any) -> None:
         """Raises ValueError or TypeError, naming the argument, if a call is not legal."""
         if self._validate is not None:
@@ -99,25 +105,27 @@ class Op:
     ) -> None:
         """Adds an implementation; the order of the calls is the order of preference.
 
-        `cpp` kernels register themselves from C++; `reference` and `triton` are functions with the
-        operator's name in `sparse_attn/reference/<op>.py` and `sparse_attn.triton_kernels.<op>`,
-        imported at the first call.
+        `cpp` and `cuda` kernels register themselves from C++; `reference`, `triton` and, where
+        the CUDA extension was not built, `cuda` are functions with the operator's name in
+        `sparse_attn.reference.<op>`, `.triton_kernels.<op>`, `.nvrtc.<op>`, imported at the first
+        call.
         """
-        if backend == "cpp":
-            missing = missing or _ext.cpp_missing
-        else:
-            package = {"reference": "reference", "triton": "triton_kernels"}[backend]
+        in_python = {"reference": "reference", "triton": "triton_kernels"}
+        if _ext.cuda_extension_missing:
+            in_python["cuda"] = "nvrtc"
+        if backend in in_python:
             # the interpreter runs Triton's kernels on CPU tensors too
             key = "any" if backend == "triton" else device
-            self._register_python(backend, key, f"{__package__}.{package}.{self.name}")
-        if backend == "triton":
-            missing = missing or _ext.triton_missing
-        self._add(backend, device, when, missing)
+            module = f"{__package__}.{in_python[backend]}.{self.name}"
+            self._register_python(backend, key, module)
+        found = {"cpp": _ext.cpp_missing, "cuda": _ext.cuda_missing, "triton": _ext.triton_missing}
+        self._add(backend, device, when, missing or found.get(backend))
 
     def _register_python(self, backend: str, device: str, module: str) -> None:
         name = self.name
 
         def kernel(*args: Any) -> Any:
+            refuse_tangents(name, args)
             return getattr(importlib.import_module(module), name)(*args)
 
         LIBRARY.impl(f"{name}.{backend}", kernel, DISPATCH_KEYS[device])
@@ -139,8 +147,7 @@ class Op:
             # the dispatcher drops trailing arguments that equal their defaults
             return fn(backend, *self.bind(*args))
 
-        key = "any" if backend == "triton" else device
-        LIBRARY.impl(f"{self.name}.{backend}", kernel, DISPATCH_KEYS[key])
+        LIBRARY.impl(f"{self.name}.{backend}", kernel, DISPATCH_KEYS["any"])
         missing = None
         for part in of:
             row = next((i for i in part.impls if i.backend == backend), None)
@@ -237,9 +244,7 @@ class Op:
 
     def select(self, args: tuple[Any, ...], backend: str | None = None) -> Impl:
         """The implementation that serves a call; raises with every reason if there is none."""
-        backend = backend or env.forced_backend()
-        if backend is not None and backend not in BACKENDS:
-            raise ValueError(f"backend: got {backend!r}, expected one of {sorted(BACKENDS)}")
+        backend = requested(backend)
         reasons = self.reasons(args)
         device = args[0].device.type
         for row in self.impls:
@@ -253,6 +258,7 @@ class Op:
 
     def __call__(self, *args: Any, backend: str | None = None, **kwargs: Any) -> Any:
         bound = self.cast(*self.bind(*args, **kwargs))
+        refuse_tangents(self.name, bound)
         self.check(*bound)
         return self.select(bound, backend).overload(*bound)
 
@@ -264,6 +270,32 @@ class Op:
 
     def _run_default(self, *args: Any) -> Any:
         return self(*args)
+
+
+def refuse_tangents(name: str, args: tuple[Any, ...]) -> None:
+    """Raises where forward-mode differentiation would lose a tangent in silence.
+
+    Not where torch.func.jvp meets `torch.ops.sparse_attn.<op>` itself: PyTorch takes the tangents
+    away before a kernel is called.
+    """
+    if forward_ad._current_level < 0:  # nobody differentiates: the cost of nearly every call
+        return
+    for x in args:
+        if isinstance(x, torch.Tensor) and forward_ad.unpack_dual(x).tangent is not None:
+            raise NotImplementedError(
+                f"{NS}::{name} has no forward-mode derivative (torch.func.jvp, dual tensors): "
+                "call it on forward_ad.unpack_dual(x).primal"
+            )
+
+
+def requested(backend: str | None) -> str | None:
+    """The backend asked for by the argument, else by SPARSE_ATTN_BACKEND; None leaves it open."""
+    for name, asked in (("backend", backend), ("SPARSE_ATTN_BACKEND", env.forced_backend())):
+        if asked is not None and asked not in BACKENDS:
+            raise ValueError(f"{name}: got {asked!r}, expected one of {sorted(BACKENDS)}")
+        if asked is not None:
+            return asked
+    return None
 
 
 def _describe(args: tuple[Any, ...]) -> str:

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 
+import pytest
 import torch
 
 from sparse_attn import cpu_isa
 from sparse_attn.block_index import BlockIndex
+from tests import simt
+from tests.simt.operators import executor
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 ISAS = cpu_isa.available()
 TRITON = ("triton", None)  # on the GPU if there is one, otherwise under the interpreter
-# every way to run an operator on this machine: (backend, instruction set)
+# the CUDA kernels: on the GPU, without one in the executor in four orders of the threads
+CUDA = [("cuda", seed) for seed in range(1 if torch.cuda.is_available() else 4)]
+# every way to run an operator on this machine: (backend, instruction set or seed)
 RUNS = [("reference", None), *(("cpp", isa) for isa in ISAS), TRITON]
 # far below one unit in the last place of a result of size 1, for rows whose dense error is 0
 FLOOR = {torch.float32: 5e-7, torch.float16: 2e-4, torch.bfloat16: 2e-3}
@@ -33,15 +38,46 @@ def instruction_set(isa: str | None):
 
 def call(op, run, *args, **options):
     """An operator by a backend or one of `RUNS`, on the device it is for; results on the CPU."""
-    backend, isa = (run, None) if isinstance(run, str) else run
+    backend, variant = (run, None) if isinstance(run, str) else run
     on_gpu = backend in ("triton", "cuda") and torch.cuda.is_available()
 
     def move(x):
         return x.cuda() if on_gpu and isinstance(x, torch.Tensor) else x
 
-    with instruction_set(isa):
-        results = op(*map(move, args), **{k: move(x) for k, x in options.items()}, backend=backend)
+    args, options = [move(x) for x in args], {k: move(x) for k, x in options.items()}
+    way = instruction_set(variant) if backend == "cpp" else nullcontext()
+    if backend == "cuda" and not on_gpu:
+        way = executor(variant or 0)
+    with way:
+        if backend == "cuda":
+            skip_if_refused(op, args, options)
+        results = op(*args, **options, backend=backend)
     return tuple(x.cpu() for x in results)
+
+
+def skip_if_refused(op, args, options):
+    """Skips a legal call that the CUDA kernels leave to other backends, with their reason."""
+    bound = op.cast(*op.bind(*args, **options))
+    op.check(*bound)
+    reason = op.reasons(bound)["cuda"]
+    if reason is not None:
+        pytest.skip(f"cuda: {reason}")
+
+
+def cuda_why_not():
+    """Why no CUDA kernel can run here, not even in the executor."""
+    return None if torch.cuda.is_available() else simt.why_not()
+
+
+def opcheck(overload, args):
+    """torch.library.opcheck, on the GPU for overloads that need one where there is one."""
+    pytest.importorskip("expecttest", reason="opcheck needs expecttest")
+    if torch.cuda.is_available() and overload._overloadname in ("triton", "cuda"):
+        args = [
+            x.detach().cuda().requires_grad_(x.requires_grad) if isinstance(x, torch.Tensor) else x
+            for x in args
+        ]
+    torch.library.opcheck(overload, tuple(args))
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ import torch
 from hypothesis import HealthCheck, settings
 
 from sparse_attn import _ext, env
-from tests.cases import TRITON
+from tests.cases import CUDA, TRITON, cuda_why_not
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # Triton reads it when a kernel is defined
@@ -13,6 +13,10 @@ if env.interpreted() and _ext.triton_missing is None:
     from tests.interpreter import mend
 
     mend()
+
+# pytest-xdist's processes share the processors
+workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+torch.set_num_threads(max(1, torch.get_num_threads() // workers))
 
 settings.register_profile(
     "ci",
@@ -29,11 +33,14 @@ def seed():
 
 
 def pytest_collection_modifyitems(items):
-    """Shows what needs Triton as skipped, with the reason, where there is none."""
+    """Shows what needs Triton, a GPU or a way to run CUDA kernels as skipped, with the reason."""
     for item in items:
+        if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+            item.add_marker(pytest.mark.skip(reason="no CUDA device"))
         values = item.callspec.params.values() if hasattr(item, "callspec") else ()
-        triton = item.get_closest_marker("triton") or {"triton", TRITON} & {
-            v for v in values if isinstance(v, (str, tuple))
-        }
+        named = {v for v in values if isinstance(v, (str, tuple))}
+        triton = item.get_closest_marker("triton") or {"triton", TRITON} & named
         if triton and _ext.triton_missing:
             item.add_marker(pytest.mark.skip(reason=_ext.triton_missing))
+        if {"cuda", *CUDA} & named and cuda_why_not():
+            item.add_marker(pytest.mark.skip(reason=cuda_why_not()))

@@ -1,8 +1,10 @@
+import re
+
 import pytest
 import torch
 
 import sparse_attn
-from sparse_attn import crossover
+from sparse_attn import FlexPrefill, crossover
 from tests.cases import Shape, inputs
 from tests.ops.test_flex_prefill_select import structured
 
@@ -27,9 +29,18 @@ def test_fallback_is_reported_and_can_be_refused():
 
 
 def test_decoding_takes_the_dense_path():
-    query, key, value = inputs(Shape(Tq=1, Tk=9000))
+    query, key, value = inputs(Shape(Tq=1, Tk=20000))
     stats = sparse_attn.attention(query, key, value, return_stats=True)[1]
-    assert f"below {crossover.MIN_QUERIES} queries" in stats.fallback
+    assert re.match(r"dense is faster below \d+ queries \(1 given\)", stats.fallback)
+
+
+def test_a_crossover_that_nobody_measured_is_called_a_guess(monkeypatch):
+    query, key, value = inputs(Shape(Tq=64, Tk=300))
+    monkeypatch.setattr(crossover, "MEASURED", {"flex_prefill": {}})
+    reason = crossover.dense_is_faster("flex_prefill", "triton", query, key)
+    assert "below 16384 keys (300 given)" in reason and "not been measured on triton" in reason
+    assert crossover.dense_is_faster("dense", "triton", query, key) is None
+    assert crossover.dense_is_faster("flex_prefill", "reference", query, key) is None
 
 
 def test_explain_names_every_backend():
@@ -38,6 +49,98 @@ def test_explain_names_every_backend():
     assert all(name in text for name in ("cuda: ", "triton: ", "cpp: used", "reference: "))
     text = sparse_attn.explain(query, key, value, backend="reference")
     assert "reference: used" in text
+
+
+OFFICIAL = FlexPrefill(variant="official", min_budget=0)
+
+
+def parts_of(text):
+    """What `explain` says of each operator: {operator: [its heading's end, its backends]}."""
+    parts = {}
+    for line in text.split("\n"):
+        if line.startswith("  "):
+            parts[list(parts)[-1]].append(line.strip())
+        elif "method" not in line:
+            name, _, rest = line.partition(":")
+            parts[name] = [rest.strip()]
+    return parts
+
+
+def test_explain_and_stats_name_the_backend_that_selects():
+    query, key, value = structured("sharp", 600)
+    text = sparse_attn.explain(query, key, value, OFFICIAL, fallback=False)
+    parts = parts_of(text)
+    assert "reference: used" in parts["flex_prefill_select"]
+    assert "cpp: the official variant is served by the reference" in parts["flex_prefill_select"]
+    assert "cpp: used" in parts["block_sparse_attention"]
+    stats = sparse_attn.attention(
+        query, key, value, OFFICIAL, fallback=False, return_stats=True
+    )[1]  # fmt: skip
+    assert (stats.backend, stats.selected_by) == ("cpp", "reference")
+    stats = sparse_attn.attention(query, key, value, "dense", return_stats=True)[1]
+    assert stats.selected_by is None
+
+
+def test_explain_says_that_a_call_would_raise():
+    query, key, value = structured("sharp", 600)
+    options = {"backend": "cpp", "fallback": False}
+    with pytest.raises(NotImplementedError, match="the official variant"):
+        sparse_attn.attention(query, key, value, OFFICIAL, **options)
+    parts = parts_of(sparse_attn.explain(query, key, value, OFFICIAL, **options))
+    assert parts["flex_prefill_select"][0] == "raises NotImplementedError"
+    assert not any("used" in line for line in parts["flex_prefill_select"])
+    assert "reference: cpp was asked for" in parts["block_sparse_attention"]
+
+
+def test_explain_sees_autocast():
+    query, key, value = (x.double() for x in inputs(Shape(Tq=64, Tk=64)))
+    assert "reference: used" in sparse_attn.explain(query, key, value)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert "cpp: used" in sparse_attn.explain(query, key, value)
+
+
+def test_the_environment_forces_a_backend(monkeypatch):
+    """End to end: what attends, what selects, what is explained, whose crossover counts."""
+    query, key, value = inputs(Shape(Tq=300, Tk=300))
+    monkeypatch.setenv("SPARSE_ATTN_BACKEND", "reference")
+    out, stats = sparse_attn.attention(query, key, value, return_stats=True)
+    assert (stats.backend, stats.selected_by, stats.fallback) == ("reference", "reference", None)
+    assert torch.equal(out, sparse_attn.attention(query, key, value, backend="reference"))
+    text = sparse_attn.explain(query, key, value)
+    assert text.count("reference: used") == 2 and "cpp: reference was asked for" in text
+    stats = sparse_attn.attention(query, key, value, backend="cpp", return_stats=True)[1]
+    assert stats.backend == "cpp", "the argument wins"
+    monkeypatch.setenv("SPARSE_ATTN_BACKEND", "bogus")
+    for call in (
+        sparse_attn.attention,
+        sparse_attn.explain,
+        lambda q, k, v: sparse_attn.select(q, k),
+    ):
+        with pytest.raises(ValueError, match="SPARSE_ATTN_BACKEND: got 'bogus', expected one of"):
+            call(query, key, value)
+
+
+@pytest.mark.parametrize("index", ["abc", (1, 2), torch.zeros(1)], ids=repr)
+def test_an_index_of_another_type_is_refused(index):
+    query, key, value = inputs(Shape(Tq=64, Tk=64))
+    with pytest.raises(
+        TypeError, match=f"index: expected a BlockIndex, got {type(index).__name__}"
+    ):
+        sparse_attn.attention(query, key, value, index=index)
+
+
+def test_an_unknown_backend_is_refused():
+    query, key, value = inputs(Shape(Tq=64, Tk=64))
+    for call in (sparse_attn.attention, sparse_attn.explain):
+        with pytest.raises(ValueError, match="backend: got 'x', expected one of"):
+            call(query, key, value, backend="x")
+
+
+def test_the_crossover_is_that_of_the_backend_which_attends():
+    """float64 is served by the reference, whatever the C++ kernels would make of the length."""
+    query, key, value = (x.double() for x in inputs(Shape(Tq=300, Tk=300)))
+    stats = sparse_attn.attention(query, key, value, return_stats=True)[1]
+    assert (stats.backend, stats.fallback) == ("reference", None)
 
 
 def test_methods_say_what_they_cannot_do():

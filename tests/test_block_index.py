@@ -2,7 +2,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from torch.nn.attention.flex_attention import flex_attention
+from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 from sparse_attn import BlockIndex, attention
 from tests.cases import Shape, index, inputs
@@ -54,10 +54,26 @@ def test_flex_round_trip():
 
 
 @pytest.mark.parametrize(
+    "backend", ["cpp", "reference", pytest.param("triton", marks=pytest.mark.triton)]
+)
+def test_one_index_serves_every_sequence(backend):
+    """As FlexAttention's masks with B=None do."""
+    query, key, value = inputs(Shape(B=3, Tq=100, Tk=100))
+    mask = create_block_mask(lambda b, h, q, k: k <= q, None, None, 100, 100, "cpu", BLOCK_SIZE=32)
+    listed = BlockIndex.from_flex(mask)
+    assert listed.indices.shape[0] == 1
+    got = attention(query, key, value, index=listed, backend=backend)
+    torch.testing.assert_close(got, attention(query, key, value, "dense"), rtol=1e-5, atol=1e-5)
+    with pytest.raises(ValueError, match="indices: batch size is 2, expected 3"):
+        attention(query, key, value, index=listed.expand(2))
+
+
+@pytest.mark.parametrize(
     "change, message",
     [
         (lambda i: i._replace(indices=i.indices.long()), "indices: expected int32"),
         (lambda i: i._replace(q_block=0), "q_block: got 0"),
+        (lambda i: i._replace(q_block=64.0), "q_block: got 64.0, expected an integer"),
         (lambda i: i._replace(counts=i.counts[:, :1, :1]), "counts: shape"),
         (lambda i: i._replace(q_block=16), "indices: 3 query blocks, expected 10"),
         (lambda i: i._replace(counts=i.counts + 9), "counts: a value is negative or larger"),
@@ -65,8 +81,23 @@ def test_flex_round_trip():
     ],
 )
 def test_validate(change, message):
-    with pytest.raises((ValueError, RuntimeError), match=message):
+    with pytest.raises((ValueError, TypeError, RuntimeError), match=message):
         change(BlockIndex.full(150, 150, 64, 64)).validate(150, 150)
+
+
+@pytest.mark.parametrize(
+    "make, message",
+    [
+        (lambda m: BlockIndex.from_mask(m, 0, 1), "q_block: got 0, expected 1 to 128"),
+        (lambda m: BlockIndex.from_mask(m, 1, "1"), "kv_block: got '1', expected an integer"),
+        (lambda m: BlockIndex.from_mask(m, 1, 1, max_blocks=-1), "max_blocks: got -1"),
+        (lambda m: BlockIndex.full(64, 64, q_block=0), "q_block: got 0, expected 1 to 128"),
+        (lambda m: BlockIndex.full(64, 64, 16, 16).to_mask(48), "n_keys: got 48, .* block 3 is"),
+    ],
+)
+def test_bad_arguments(make, message):
+    with pytest.raises((ValueError, TypeError), match=message):
+        make(torch.ones(1, 1, 2, 2, dtype=torch.bool))
 
 
 def test_crosses_torch_compile():

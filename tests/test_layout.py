@@ -29,6 +29,9 @@ def test_each_operator_has_its_files(name):
                 wanted.append(f"csrc/cpu/{name}.cpp")
             if row.backend == "triton":
                 wanted.append(f"triton_kernels/{name}.py")
+            if row.backend == "cuda":
+                wanted += [f"csrc/cuda/{name}{end}" for end in (".cuh", "_plan.h", ".cu")]
+                wanted += [f"tests/simt/ops/{name}.cpp", f"sparse_attn/nvrtc/{name}.py"]
     missing = [path for path in wanted if not (ROOT / path).exists()]
     assert not missing
 
@@ -49,7 +52,7 @@ def test_each_method_has_its_files(name):
 
 def test_no_file_without_an_operator():
     for folder, pattern in (("sparse_attn/ops", "[!_]*.py"), ("sparse_attn/reference", "[!_]*.py"),
-                            ("docs/ops", "*.md")):  # fmt: skip
+                            ("docs/ops", "*.md"), ("csrc/cuda", "*.cu")):  # fmt: skip
         stems = {p.stem for p in (ROOT / folder).glob(pattern)}
         assert stems <= set(OPS), folder
 

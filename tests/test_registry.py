@@ -1,11 +1,18 @@
 import subprocess
 import sys
 import textwrap
+from functools import partial
 
 import pytest
 import torch
+from torch.autograd import forward_ad
 
 import sparse_attn
+from sparse_attn.methods.dense import Dense
+from sparse_attn.ops import attention as named
+from sparse_attn.ops import flex_prefill_attention as fused
+from sparse_attn.ops import flex_prefill_select as select
+from sparse_attn.ops import merge_attention_states as merge
 from sparse_attn.ops.block_sparse_attention import op
 from tests.cases import Shape, index, inputs
 
@@ -53,9 +60,30 @@ def test_works_without_the_extension():
     )
 
 
+def test_an_extension_that_does_not_load_is_named_with_the_remedy():
+    python(
+        """
+        import sys
+
+        class Broken:
+            def find_spec(self, name, path=None, target=None):
+                if name == "sparse_attn._C_cuda":
+                    raise ImportError("undefined symbol: aoti_something")
+
+        sys.meta_path.insert(0, Broken())
+        sys.modules["cupy"] = None
+        import torch, sparse_attn
+        why = "CUDA extension does not load (undefined symbol: aoti_something): reinstall against"
+        assert why in sparse_attn.info()
+        assert why in sparse_attn.backends()["merge_attention_states"]["cuda"]
+        assert sparse_attn.backends()["merge_attention_states"]["reference"] is None
+        """
+    )
+
+
 def test_forced_backends_never_fall_back():
     args = (*inputs(SHAPE), *index(SHAPE))
-    with pytest.raises(NotImplementedError, match="cuda: not implemented"):
+    with pytest.raises(NotImplementedError, match="cuda: runs on cuda tensors"):
         op(*args, backend="cuda")
     with pytest.raises(ValueError, match="backend: got 'gpu'"):
         op(*args, backend="gpu")
@@ -102,6 +130,21 @@ def test_modes(mode):
     assert out.isfinite().all() and lse.isfinite().all()
 
 
+@pytest.mark.parametrize("backend", ["cpp", "reference", "default overload", "reference overload"])
+def test_forward_mode_is_refused(backend):
+    query, key, value = inputs(SHAPE)
+    name, _, overload = backend.partition(" ")
+    run = getattr(op.default._overloadpacket, name) if overload else partial(op, backend=name)
+    call_of = lambda q: run(q, key, value, *index(SHAPE))[0]  # noqa: E731
+    if not overload:
+        with pytest.raises(NotImplementedError, match="block_sparse_attention has no forward-mode"):
+            torch.func.jvp(call_of, (query,), (torch.ones_like(query),))
+    with forward_ad.dual_level():
+        with pytest.raises(NotImplementedError, match="no forward-mode"):
+            call_of(forward_ad.make_dual(query, torch.ones_like(query)))
+        assert call_of(query).isfinite().all(), "no tangent, nothing to lose"
+
+
 def test_autocast():
     query, key, value = inputs(SHAPE)
     with torch.autocast("cpu", torch.bfloat16):
@@ -123,6 +166,33 @@ def test_compile_and_export():
         assert torch.equal(compiled(q, k, v), model(q, k, v))
     exported = torch.export.export(model, (q, k, v)).module()
     assert torch.equal(exported(q, k, v), model(q, k, v))
+
+
+OPERATORS = {
+    "block_sparse_attention": lambda q, k, v: op(q, k, v, *Dense().select(q, k).index, sink=150),
+    "flex_prefill_select": lambda q, k, v: select.op(q, k, 0.6, 0.0, 16, None, 16)[1:],
+    "flex_prefill_attention": lambda q, k, v: fused.op(q, k, v, 0.6, 0.0, 16, None, 16),
+    "attention": lambda q, k, v: named.op.default(q, k, v, "flex_prefill", '{"gamma": 0.6}'),
+    "merge_attention_states": lambda q, k, v: merge.op(q, q.sum(-1), 2 * q, q.sum(-1)),
+}
+
+
+@pytest.mark.parametrize("name", OPERATORS)
+def test_every_operator_compiles_and_is_exported_with_dynamic_lengths(name):
+    class Model(torch.nn.Module):
+        def forward(self, q, k, v):
+            return OPERATORS[name](q, k, v)
+
+    model = Model()
+    compiled = torch.compile(model, fullgraph=True, dynamic=True, backend="aot_eager")
+    given = inputs(Shape(Tq=200, Tk=200, Hq=4, Hkv=2))
+    length = torch.export.Dim("length", min=129, max=2**20)
+    shapes = {n: {2: length} for n in "qkv"}
+    exported = torch.export.export(model, given, dynamic_shapes=shapes).module()
+    for n in (200, 333):
+        args = inputs(Shape(Tq=n, Tk=n, Hq=4, Hkv=2))
+        for x, y, z in zip(model(*args), compiled(*args), exported(*args), strict=True):
+            assert torch.equal(x, y) and torch.equal(x, z)
 
 
 def test_backends_and_info():

@@ -88,10 +88,12 @@ def _attend(b_q, b_acc, b_m, b_l, key, value, o_n, m_n, mask, k_t, v_t, scale,
     return b_acc, b_new, b_l
 
 
-# lengths vary from call to call: only strides are worth compiling for
+# lengths vary from call to call, and the strides of lists with them: only strides of queries, keys
+# and values are worth compiling for
 @triton.jit(
     do_not_specialize=[
         "Tq", "Tk", "Hkv", "Mq", "n_blocks", "capacity", "sink", "window", "splits", "rows",
+        "i_b", "i_h", "i_m", "c_b", "c_h", "c_m",
     ]
 )  # fmt: skip
 def block_sparse_attention_kernel(

@@ -228,6 +228,7 @@ def _weigh_row(p_scores, p_flags, first, last, visible, block, n_blocks, CHUNK: 
         b_w = tl.exp(tl.load(p_scores + o, mask=o < visible, other=-float("inf")) - top) / total
         kept = _kept(p_flags, o, first, last, block, n_blocks)
         b_held += tl.where(kept, b_w, 0.0)
+        tl.debug_barrier()  # where threads outnumber the chunk, several load the same weight
         tl.store(p_scores + o, tl.where(kept, -1.0, b_w), mask=o < visible)
     tl.debug_barrier()
     return tl.sum(b_held) + 0.0 * total
@@ -303,7 +304,7 @@ def flex_prefill_select(
     pattern = torch.empty((batch, heads), dtype=torch.int32, device=device)
     state = torch.empty((total,), dtype=torch.int32, device=device)
     flags = torch.empty((total, n_blocks), dtype=torch.int8, device=device)
-    chunk = min(1024, configs.padded(n_blocks, 64))
+    chunk = 128 if n_blocks <= 128 else 1024
     rows = min(block_size, n_queries, n_keys)
     if gamma >= 1:
         pattern.zero_()
@@ -319,8 +320,8 @@ def flex_prefill_select(
         launch.run(
             pooled_scores_kernel, total * triton.cdiv(n_rows, 16), query, mean_key, state,
             indices.view(torch.float32), heads, key.shape[1], n_queries, n_keys, block_size,
-            n_blocks, n_rows, scale, *query.stride()[:3], D=head_dim, BLOCK_M=16, BLOCK_C=64,
-            BLOCK_D=configs.padded(head_dim),
+            n_blocks, n_rows, scale, *query.stride()[:3], D=head_dim, BLOCK_M=16,
+            BLOCK_C=min(64, 8192 // configs.padded(head_dim)), BLOCK_D=configs.padded(head_dim),
         )  # fmt: skip
     launch.run(
         list_kernel, total * n_rows, flags, state, indices, indices.view(torch.float32), counts,

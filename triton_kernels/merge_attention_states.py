@@ -9,7 +9,8 @@ import triton.language as tl
 from . import launch
 
 
-@triton.jit(do_not_specialize=["H", "T", "rows"])
+# lengths vary from call to call, and the strides of lse with them
+@triton.jit(do_not_specialize=["H", "T", "rows", "la_b", "la_h", "la_t", "lb_b", "lb_h", "lb_t"])
 def merge_attention_states_kernel(
     out_a, lse_a, out_b, lse_b, out, lse, H, T, Dv,
     oa_b, oa_h, oa_t, oa_d, la_b, la_h, la_t, ob_b, ob_h, ob_t, ob_d, lb_b, lb_h, lb_t,
@@ -27,11 +28,14 @@ def merge_attention_states_kernel(
     b_sum = b_wa + b_wb
     tl.store(lse + o_r, b_max + tl.log(b_sum), mask=m_r)
     b_sum = tl.where(b_sum == 0.0, 1.0, b_sum)
+    # an empty side is not read: whatever its row holds, the other is taken
     m = m_r[:, None] & (o_d < Dv)[None, :]
+    m_a = m & (b_la != -float("inf"))[:, None]
+    m_b = m & (b_lb != -float("inf"))[:, None]
     p_a = out_a + (i_b * oa_b + i_h * oa_h + i_t * oa_t)[:, None] + (o_d * oa_d)[None, :]
     p_b = out_b + (i_b * ob_b + i_h * ob_h + i_t * ob_t)[:, None] + (o_d * ob_d)[None, :]
-    b_oa = tl.load(p_a, mask=m, other=0.0).to(tl.float32)  # [BLOCK_T, BLOCK_D]
-    b_ob = tl.load(p_b, mask=m, other=0.0).to(tl.float32)
+    b_oa = tl.load(p_a, mask=m_a, other=0.0).to(tl.float32)  # [BLOCK_T, BLOCK_D]
+    b_ob = tl.load(p_b, mask=m_b, other=0.0).to(tl.float32)
     b_out = b_oa * (b_wa / b_sum)[:, None] + b_ob * (b_wb / b_sum)[:, None]
     p_out = out + o_r[:, None] * Dv + o_d[None, :]
     tl.store(p_out, b_out.to(out.dtype.element_ty), mask=m)

@@ -1,6 +1,15 @@
 // Plain parameter structs shared by the bindings and the kernels: raw pointers, no torch.
 #pragma once
+#ifdef __CUDACC_RTC__  // NVRTC has no standard library
+using int32_t = int;
+using int64_t = long long;
+using uint8_t = unsigned char;
+using uint16_t = unsigned short;
+using uint32_t = unsigned int;
+using uint64_t = unsigned long long;
+#else
 #include <cstdint>
+#endif
 
 namespace sparse_attn {
 
@@ -28,6 +37,16 @@ struct BlockSparseAttentionParams {
   int64_t sink, window;
   float scale;
   bool causal;
+  DType dtype;
+};
+
+struct MergeAttentionStatesParams {
+  const void *out_a, *out_b;    // [B, H, T, Dv]
+  const float *lse_a, *lse_b;   // [B, H, T]
+  void* out;                    // [B, H, T, Dv] contiguous
+  float* lse;                   // [B, H, T] contiguous
+  int64_t out_a_stride[3], out_b_stride[3], lse_a_stride[3], lse_b_stride[3];  // batch, head, token
+  int64_t B, H, T, Dv;
   DType dtype;
 };
 

@@ -1,5 +1,8 @@
 // The only header that includes torch: libtorch's stable ABI, short names, checks.
 #pragma once
+#include <cmath>
+#include <optional>
+
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -29,9 +32,33 @@ inline DType dtype_of(const Tensor& t, const char* name) {
   }
 }
 
+// Kernels hold positions, and positions plus a group of keys, in 32 bits.
+inline void check_lengths(const Tensor& query, const Tensor& key) {
+  constexpr int64_t kLimit = (int64_t{1} << 31) - 256;
+  SA_CHECK(query.size(2) < kLimit && key.size(2) < kLimit - query.size(2),
+           "query, key: lengths ", query.size(2), " and ", key.size(2), ", expected less than ",
+           kLimit, " tokens together");
+}
+
+// Kernels compute in float32, where a large double is infinite.
+inline void check_scale(std::optional<double> scale) {
+  SA_CHECK(std::isfinite(static_cast<float>(scale.value_or(0))),
+           "scale: expected a number that is finite in float32");
+}
+
 // The kernels take any strides except in the last dimension.
 inline Tensor last_dim_contiguous(const Tensor& t) {
   return t.stride(t.dim() - 1) == 1 || t.size(t.dim() - 1) <= 1 ? t : torch::stable::contiguous(t);
+}
+
+// For kernels that load 16 bytes at a time: rows that begin at multiples of them.
+inline Tensor aligned_rows(const Tensor& t) {
+  const Tensor x = last_dim_contiguous(t);
+  const int64_t vector = 16 / element_bytes(dtype_of(x, "tensor"));
+  bool aligned = reinterpret_cast<uintptr_t>(x.const_data_ptr()) % 16 == 0;
+  for (int64_t i = 0; i + 1 < x.dim(); ++i)
+    aligned = aligned && (x.size(i) == 1 || x.stride(i) % vector == 0);
+  return aligned ? x : torch::stable::clone(x);
 }
 
 }  // namespace sparse_attn

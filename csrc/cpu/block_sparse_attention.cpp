@@ -12,21 +12,21 @@ namespace {
 
 using Params = BlockSparseAttentionParams;
 
-constexpr int64_t kDecodeRows = 4;      // up to here the decode kernel beats a mostly empty tile
 constexpr int64_t kSplitGroups = 128;   // keys per split: 128 groups of 32
 constexpr int64_t kSplitBelow = 64;     // calls with fewer tiles are split over keys
 
 struct Kernels {
   const AttentionKernel* prefill;
   const AttentionKernel* decode;
+  int64_t decode_rows = 4;  // up to here the decode kernel beats a mostly empty tile
 };
 
 Kernels choose_kernels(const Params& p) {
 #if defined(__x86_64__)
   const CpuIsa isa = cpu_isa();
   const bool bf16 = p.dtype == DType::bf16;
-  if (isa == CpuIsa::amx && bf16) return {&kAttentionAmx, &kDecodeAvx512};
-  if (isa == CpuIsa::avx512bf16 && bf16) return {&kAttentionAvx512Bf16, &kDecodeAvx512};
+  if (isa == CpuIsa::amx && bf16) return {&kAttentionAmx, &kDecodeAvx512Bf16, 8};
+  if (isa == CpuIsa::avx512bf16 && bf16) return {&kAttentionAvx512Bf16, &kDecodeAvx512Bf16, 8};
   if (isa >= CpuIsa::avx512) return {&kAttentionAvx512, &kDecodeAvx512};
   if (isa == CpuIsa::avx2) return {&kAttentionAvx2, &kDecodeAvx2};
 #endif
@@ -44,12 +44,12 @@ struct Packed {
 };
 
 // Values are packed once where more than one tile reads the average key.
-Packed pack_values(const Params& p, const AttentionKernel& kernel,
-                                const std::vector<Work>& tiles) {
+Packed pack_values(const Params& p, const Kernels& kernels, const std::vector<Work>& tiles) {
+  const AttentionKernel& kernel = *kernels.prefill;
   const int64_t bytes = kernel.packed_bytes(p);
   int64_t reads = 0;
   for (const Work& w : tiles)
-    if (w.tile.rows() > kDecodeRows) reads += w.tokens;
+    if (w.tile.rows() > kernels.decode_rows) reads += w.tokens;
   if (bytes == 0 || reads < 2 * p.Tk * p.B * p.Hkv) return {nullptr, 0};
   Packed packed{allocate(bytes * p.B * p.Hkv), bytes};
   const int64_t groups = (p.Tk + kGroupKeys - 1) / kGroupKeys, piece = 64;
@@ -91,13 +91,13 @@ void run(const Params& p) {
   const Kernels kernels = choose_kernels(p);
   const std::vector<Work> tiles = make_tiles(p);
   const auto n_tiles = static_cast<int64_t>(tiles.size());
-  const Packed packed = pack_values(p, *kernels.prefill, tiles);
+  const Packed packed = pack_values(p, kernels, tiles);
   const int64_t scratch =
       std::max(kernels.prefill->scratch_bytes(p), kernels.decode->scratch_bytes(p));
 
   const auto run_tile = [&](const QueryTile& t, const KeyGroup* groups, int64_t n, void* buffer,
                             float* partial) {
-    const bool few = t.rows() <= kDecodeRows;
+    const bool few = t.rows() <= kernels.decode_rows;
     (few ? kernels.decode : kernels.prefill)
         ->tile(p, t, groups, n, packed.of(t.batch * p.Hkv + t.kv_head), buffer, partial);
   };
@@ -157,15 +157,14 @@ std::tuple<Tensor, Tensor> block_sparse_attention(Tensor query, Tensor key, Tens
                                                   Tensor indices, Tensor counts, int64_t q_block,
                                                   int64_t kv_block, bool causal, int64_t sink,
                                                   int64_t window, std::optional<double> scale) {
-  check_arguments(query, key, value, indices, counts, q_block, kv_block, sink, window, scale);
+  check_cpu_call(query, key, value, indices, counts, q_block, kv_block, sink, window, scale);
   query = last_dim_contiguous(query), key = last_dim_contiguous(key);
   value = last_dim_contiguous(value), indices = last_dim_contiguous(indices);
   Params p = make_params(query, key, value, indices, counts, q_block, kv_block, causal, sink,
                          window, scale);
   Tensor out = torch::stable::new_empty(query, {p.B, p.Hq, p.Tq, p.Dv});
   Tensor lse = torch::stable::new_empty(query, {p.B, p.Hq, p.Tq}, ScalarType::Float);
-  p.out = out.mutable_data_ptr(), p.lse = lse.mutable_data_ptr<float>();
-  for (int i = 0; i < 3; ++i) p.out_stride[i] = out.stride(i);
+  set_results(p, out, lse);
   check_index(p);
   prefer_huge_pages(p.out, p.B * p.out_stride[0] * element_bytes(p.dtype));
   run(p);

@@ -44,8 +44,19 @@ struct AttentionKernel {
 
 constexpr float kNoKey = -1e30f;
 
+// static: each unit has its own copies, compiled for its own instruction set
+static inline const char* element(DType dtype, const void* base, const int64_t stride[3],
+                                  int64_t b, int64_t h, int64_t t) {
+  return static_cast<const char*>(base) +
+         (b * stride[0] + h * stride[1] + t * stride[2]) * element_bytes(dtype);
+}
+
+static inline int64_t nothing_packed(const BlockSparseAttentionParams&) { return 0; }
+static inline void pack_nothing(const BlockSparseAttentionParams&, int64_t, int64_t, int64_t,
+                                int64_t, void*) {}
+
 // bf16 only
-extern const AttentionKernel kAttentionAmx, kAttentionAvx512Bf16;
+extern const AttentionKernel kAttentionAmx, kAttentionAvx512Bf16, kDecodeAvx512Bf16;
 // every dtype
 extern const AttentionKernel kAttentionAvx512, kAttentionAvx2, kAttentionPortable;
 // every dtype, few rows: bound by memory, reads keys and values once and in place

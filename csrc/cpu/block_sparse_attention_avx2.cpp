@@ -1,5 +1,6 @@
 #if defined(__x86_64__)
-#include "block_sparse_attention_decode.h"
+#include "block_sparse_attention_decode_float.h"
+#include "block_sparse_attention_float.h"
 
 namespace sparse_attn {
 

@@ -104,7 +104,7 @@ std::tuple<Tensor, Tensor, Tensor> block_sparse_attention_backward(
     Tensor grad_out, std::optional<Tensor> grad_lse, Tensor query, Tensor key, Tensor value,
     Tensor out, Tensor lse, Tensor indices, Tensor counts, int64_t q_block, int64_t kv_block,
     bool causal, int64_t sink, int64_t window, std::optional<double> scale) {
-  check_arguments(query, key, value, indices, counts, q_block, kv_block, sink, window, scale);
+  check_cpu_call(query, key, value, indices, counts, q_block, kv_block, sink, window, scale);
   check_rows(query, value, grad_out, "grad_out", false);
   check_rows(query, value, out, "out", false);
   check_rows(query, value, lse, "lse", true);

@@ -85,7 +85,7 @@ inline void to_gradients(float* weights, float* grads, const Vec (&reference)[2]
   for (int v = 0; v < 2; ++v) {
     const Vec s = Vec::load(weights + v * kWidth);
     const Vec e = Vec::fma(s, scale, Vec::zero() - reference[v]) * Vec::set(1.44269504088896341f);
-    const Vec p = Vec::select(Vec::greater(s, Vec::set(-INFINITY)), exp2(e), Vec::zero());
+    const Vec p = Vec::select(Vec::differ(s, Vec::set(-INFINITY)), exp2(e), Vec::zero());
     p.store(weights + v * kWidth);
     (p * (Vec::load(grads + v * kWidth) - delta[v])).store(grads + v * kWidth);
   }

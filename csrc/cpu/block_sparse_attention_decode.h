@@ -1,19 +1,33 @@
 // The decode kernel: few query rows against many keys, bound by memory. Keys and values are read
 // once, where they lie; rows of a GQA group share what was read.
+//
+// `Math` multiplies, in the precision and the layout that suit its instructions:
+//   kRows                         query rows
+//   Math(params, scratch)
+//   set_query(row, elements)
+//   score(keys, next)             scores [kRows][32] = query . key; fetches the next group's keys
+//   add(values, next)             out += weights * values, the weights standing where scores stood
+//   rescale(row, factor)          out[row] *= factor
+//   read_out(row, to)             out[row] in its natural order
 #pragma once
-#include "block_sparse_attention_float.h"
+#include "block_sparse_attention.h"
+#include "simd.h"
 
 namespace sparse_attn {
 namespace {
 
-constexpr int kDecodeRowsMax = 4;
+using Params = BlockSparseAttentionParams;
+
+constexpr int kDecodeRowsMax = 8;
+
+// Where the 32 keys or values of a group lie.
+using Rows = const char* [kGroupKeys];
 
 struct DecodeScratch {
-  float* q;       // [rows][D rounded up to the width]
-  float* out;     // [rows][Dv rounded up]
-  float* scores;  // [rows][32]
-  float* max;     // [rows]
-  float* sum;     // [rows]
+  float* q;       // [rows][D rounded up to 32]
+  float* out;     // [rows][Dv rounded up to 32]
+  float* scores;  // [rows][32], turned into weights in place
+  float* row;     // [Dv] a result on its way out
 
   static int64_t layout(const Params& p, char* base, DecodeScratch* s) {
     char* at = base;
@@ -22,11 +36,10 @@ struct DecodeScratch {
       at += round_up(elements * 4, 64);
     };
     DecodeScratch t;
-    take(t.q, kDecodeRowsMax * round_up(p.D, kWidth));
-    take(t.out, kDecodeRowsMax * round_up(p.Dv, kWidth));
+    take(t.q, kDecodeRowsMax * round_up(p.D, 32));
+    take(t.out, kDecodeRowsMax * round_up(p.Dv, 32));
     take(t.scores, kDecodeRowsMax * kGroupKeys);
-    take(t.max, kDecodeRowsMax);
-    take(t.sum, kDecodeRowsMax);
+    take(t.row, p.Dv);
     if (s != nullptr) *s = t;
     return at - base;
   }
@@ -34,95 +47,80 @@ struct DecodeScratch {
 
 int64_t decode_scratch_bytes(const Params& p) { return DecodeScratch::layout(p, nullptr, nullptr); }
 
-// kWidth elements as float
-template <DType kType>
-inline Vec load_as_float(const char* p) {
-  if constexpr (kType == DType::f32) return Vec::load(reinterpret_cast<const float*>(p));
-#if defined(__AVX512F__)
-  const __m256i h = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
-  if constexpr (kType == DType::f16) return {_mm512_cvtph_ps(h)};
-  return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(h), 16))};
-#elif defined(__AVX2__)
-  const __m128i h = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
-  if constexpr (kType == DType::f16) return {_mm256_cvtph_ps(h)};
-  return {_mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(h), 16))};
-#else
-  float x[kWidth];
-  to_float(kType, p, x, kWidth);
-  return Vec::load(x);
-#endif
-}
+// To the second-level cache: the first has too few line buffers to wait for memory.
+inline void prefetch(const char* line) { __builtin_prefetch(line, 0, 2); }
 
 inline float sum_lanes(Vec x) {
-#if defined(__AVX512F__)
-  return _mm512_reduce_add_ps(x.v);
-#else
-  float lanes[kWidth], sum = 0;
+  float lanes[Vec::kWidth], sum = 0;
   x.store(lanes);
-  for (int i = 0; i < kWidth; ++i) sum += lanes[i];
+  for (float lane : lanes) sum += lane;
   return sum;
-#endif
 }
 
-template <DType kType, int kRows>
+inline float max_lanes(Vec x) {
+  float lanes[Vec::kWidth];
+  x.store(lanes);
+  float top = lanes[0];
+  for (float lane : lanes) top = lane > top ? lane : top;
+  return top;
+}
+
+template <class Math>
 class Decode {
  public:
+  static constexpr int kRows = Math::kRows;
+
   Decode(const Params& p, const QueryTile& tile, void* scratch)
-      : p_(p), tile_(tile), D_(round_up(p.D, kWidth)), Dv_(round_up(p.Dv, kWidth)) {
-    DecodeScratch::layout(p, static_cast<char*>(scratch), &s_);
-    const float to_log2 = p.scale * 1.44269504088896341f;
+      : p_(p), tile_(tile), to_log2_(p.scale * 1.44269504088896341f),
+        math_(p, layout(p, scratch, s_)) {
     for (int r = 0; r < kRows; ++r) {
-      float* q = s_.q + r * D_;
-      for (int64_t d = p.D; d < D_; ++d) q[d] = 0;
-      to_float(kType, element(kType, p.query, p.query_stride, tile.batch, head_of(r), query_of(r)),
-               q, p.D);
-      for (int64_t d = 0; d < p.D; ++d) q[d] *= to_log2;
-      std::memset(s_.out + r * Dv_, 0, Dv_ * sizeof(float));
-      s_.max[r] = kNoKey;
-      s_.sum[r] = 0;
+      math_.set_query(r, element(p.dtype, p.query, p.query_stride, tile.batch, head_of(r),
+                                 query_of(r)));
+      max_[r] = kNoKey;
+      sum_[r] = 0;
     }
+    std::memset(s_.out, 0, kRows * round_up(p.Dv, 32) * sizeof(float));
   }
 
   void run(const KeyGroup* groups, int64_t n) {
+    if (n == 0) return;
+    Rows keys[2], values[2];
+    find(groups[0], keys[0], values[0]);
     for (int64_t g = 0; g < n; ++g) {
-      const KeyGroup& next = groups[g + 1 < n ? g + 1 : g];
-      for (int k = 0; k < kGroupKeys; ++k) {
-        prefetch(element(kType, p_.key, p_.key_stride, tile_.batch, tile_.kv_head, token(next, k)),
-                 p_.D);
-        score(groups[g], k);
-      }
+      const int now = static_cast<int>(g & 1);
+      find(groups[g + 1 < n ? g + 1 : g], keys[now ^ 1], values[now ^ 1]);
+      math_.score(keys[now], keys[now ^ 1]);
       for (int r = 0; r < kRows; ++r) exponentiate(groups[g], r);
-      for (int k = 0; k < kGroupKeys; k += 4) {
-        for (int i = k; i < k + 4; ++i)
-          prefetch(element(kType, p_.value, p_.value_stride, tile_.batch, tile_.kv_head,
-                           token(next, i)),
-                   p_.Dv);
-        accumulate(groups[g], k);
-      }
+      math_.add(values[now], values[now ^ 1]);
     }
   }
 
   void finish(float* partial) {
     for (int r = 0; r < kRows; ++r) {
-      const float* out = s_.out + r * Dv_;
-      const float natural = s_.max[r] * 0.69314718055994531f, sum = s_.sum[r];
+      const float natural = max_[r] * 0.69314718055994531f, sum = sum_[r];
       if (partial != nullptr) {
         float* to = partial + r * (p_.Dv + 2);
-        std::memcpy(to, out, p_.Dv * sizeof(float));
+        math_.read_out(r, to);
         to[p_.Dv] = sum == 0 ? kNoKey : natural;
         to[p_.Dv + 1] = sum;
         continue;
       }
-      const float inverse = sum == 0 ? 0.0f : 1.0f / sum;
+      math_.rescale(r, sum == 0 ? 0.0f : 1.0f / sum);
+      math_.read_out(r, s_.row);
       const int64_t at = tile_.batch * p_.out_stride[0] + head_of(r) * p_.out_stride[1] +
                          query_of(r) * p_.out_stride[2];
-      for (int64_t d = 0; d < p_.Dv; ++d) from_float(kType, out[d] * inverse, p_.out, at + d);
+      for (int64_t d = 0; d < p_.Dv; ++d) from_float(p_.dtype, s_.row[d], p_.out, at + d);
       p_.lse[(tile_.batch * p_.Hq + head_of(r)) * p_.Tq + query_of(r)] =
           sum == 0 ? -INFINITY : natural + std::log(sum);
     }
   }
 
  private:
+  static const DecodeScratch& layout(const Params& p, void* scratch, DecodeScratch& s) {
+    DecodeScratch::layout(p, static_cast<char*>(scratch), &s);
+    return s;
+  }
+
   int64_t head_of(int r) const { return tile_.head + r / tile_.queries; }
   int64_t query_of(int r) const { return tile_.query + r % tile_.queries; }
 
@@ -130,125 +128,66 @@ class Decode {
     return g.tokens == nullptr ? g.first + k : g.tokens[k];
   }
 
-  // a row of the next group at a time: more would wait for free line buffers
-  static void prefetch(const char* row, int64_t n) {
-    for (int64_t b = 0; b < n * element_bytes(kType); b += 64) __builtin_prefetch(row + b);
-  }
-
-  // Calls use(vector index, elements as float) for each vector of a row of n elements.
-  template <class Use>
-  static void for_row(const char* at, int64_t n, Use use) {
-    int64_t d = 0;
-    for (; d + kWidth <= n; d += kWidth)
-      use(d, load_as_float<kType>(at + d * element_bytes(kType)));
-    if (d == n) return;
-    float rest[kWidth] = {};
-    to_float(kType, at + d * element_bytes(kType), rest, n - d);
-    use(d, Vec::load(rest));
-  }
-
-  void score(const KeyGroup& g, int k) {
-    Vec sum[kRows];
-    for (auto& s : sum) s = Vec::zero();
-    for_row(element(kType, p_.key, p_.key_stride, tile_.batch, tile_.kv_head, token(g, k)), p_.D,
-            [&](int64_t d, Vec x) {
-              for (int r = 0; r < kRows; ++r)
-                sum[r] = Vec::fma(x, Vec::load(s_.q + r * D_ + d), sum[r]);
-            });
-    for (int r = 0; r < kRows; ++r) s_.scores[r * kGroupKeys + k] = sum_lanes(sum[r]);
+  void find(const KeyGroup& g, Rows& keys, Rows& values) const {
+    for (int k = 0; k < kGroupKeys; ++k) {
+      const int64_t t = token(g, k);
+      keys[k] = element(p_.dtype, p_.key, p_.key_stride, tile_.batch, tile_.kv_head, t);
+      values[k] = element(p_.dtype, p_.value, p_.value_stride, tile_.batch, tile_.kv_head, t);
+    }
   }
 
   void exponentiate(const KeyGroup& g, int r) {
-    const int64_t position = p_.Tk - p_.Tq + query_of(r);
+    constexpr int kWidth = Vec::kWidth;
     float* scores = s_.scores + r * kGroupKeys;
-    float top = s_.max[r];
+    const Vec factor = Vec::set(to_log2_);
+    for (int k = 0; k < kGroupKeys; k += kWidth)
+      (Vec::load(scores + k) * factor).store(scores + k);
+    hide(g, r, scores);
+    Vec top = Vec::set(max_[r]);
+    for (int k = 0; k < kGroupKeys; k += kWidth) top = Vec::max(top, Vec::load(scores + k));
+    const float old = max_[r];
+    max_[r] = max_lanes(top);
+    if (max_[r] != old) {
+      const float shrink = std::exp2(old - max_[r]);
+      sum_[r] *= shrink;
+      math_.rescale(r, shrink);
+    }
+    Vec sum = Vec::zero();
+    for (int k = 0; k < kGroupKeys; k += kWidth) {
+      const Vec weight = exp2(Vec::load(scores + k) - Vec::set(max_[r]));
+      weight.store(scores + k);
+      sum = sum + weight;
+    }
+    sum_[r] += sum_lanes(sum);
+  }
+
+  // Scores of keys that the row does not see become -infinity.
+  void hide(const KeyGroup& g, int r, float* scores) const {
+    const int64_t position = p_.Tk - p_.Tq + query_of(r);
+    const bool below = !p_.causal || (g.tokens == nullptr && g.first + kGroupKeys - 1 <= position);
+    if (g.everyone == ~0u && below) return;
     for (int k = 0; k < kGroupKeys; ++k) {
       const int64_t j = token(g, k);
       bool seen = g.everyone >> k & 1;
       seen |= (g.windowed >> k & 1) && j > position - p_.window && j <= position;
       if (!seen || (p_.causal && j > position)) scores[k] = -INFINITY;
-      if (scores[k] > top) top = scores[k];
     }
-    const float shrink = std::exp2(s_.max[r] - top);
-    s_.max[r] = top;
-    if (shrink != 1) {
-      s_.sum[r] *= shrink;
-      for (int64_t d = 0; d < Dv_; d += kWidth)
-        (Vec::load(s_.out + r * Dv_ + d) * Vec::set(shrink)).store(s_.out + r * Dv_ + d);
-    }
-    Vec sum = Vec::zero();
-    for (int k = 0; k < kGroupKeys; k += kWidth) {
-      const Vec x = Vec::load(scores + k);
-      const Vec e = Vec::select(Vec::greater(x, Vec::set(-INFINITY)), exp2(x - Vec::set(top)),
-                                Vec::zero());
-      e.store(scores + k);
-      sum = sum + e;
-    }
-    s_.sum[r] += sum_lanes(sum);
-  }
-
-  // four keys per pass over the output, which stays in the first-level cache
-  void accumulate(const KeyGroup& g, int k) {
-    const char* row[4];
-    for (int i = 0; i < 4; ++i)
-      row[i] = element(kType, p_.value, p_.value_stride, tile_.batch, tile_.kv_head,
-                       token(g, k + i));
-    int64_t d = 0;
-    const auto add = [&](const Vec (&x)[4]) {
-      for (int r = 0; r < kRows; ++r) {
-        float* out = s_.out + r * Dv_ + d;
-        Vec sum = Vec::load(out);
-        for (int i = 0; i < 4; ++i)
-          sum = Vec::fma(Vec::set(s_.scores[r * kGroupKeys + k + i]), x[i], sum);
-        sum.store(out);
-      }
-    };
-    Vec x[4];
-    for (; d + kWidth <= p_.Dv; d += kWidth) {
-      for (int i = 0; i < 4; ++i) x[i] = load_as_float<kType>(row[i] + d * element_bytes(kType));
-      add(x);
-    }
-    if (d == p_.Dv) return;
-    for (int i = 0; i < 4; ++i) {
-      float rest[kWidth] = {};
-      to_float(kType, row[i] + d * element_bytes(kType), rest, p_.Dv - d);
-      x[i] = Vec::load(rest);
-    }
-    add(x);
   }
 
   const Params& p_;
   const QueryTile& tile_;
-  const int64_t D_, Dv_;
+  const float to_log2_;
   DecodeScratch s_;
+  Math math_;
+  float max_[kRows], sum_[kRows];  // the maximum in powers of two
 };
 
-template <DType kType, int kRows>
-void decode_rows(const Params& p, const QueryTile& tile, const KeyGroup* groups, int64_t n,
-                 void* scratch, float* partial) {
-  Decode<kType, kRows> d(p, tile, scratch);
+template <class Math>
+void decode(const Params& p, const QueryTile& tile, const KeyGroup* groups, int64_t n,
+            void* scratch, float* partial) {
+  Decode<Math> d(p, tile, scratch);
   d.run(groups, n);
   d.finish(partial);
-}
-
-template <DType kType>
-void decode_type(const Params& p, const QueryTile& tile, const KeyGroup* groups, int64_t n,
-                 void* scratch, float* partial) {
-  switch (tile.rows()) {
-    case 1: return decode_rows<kType, 1>(p, tile, groups, n, scratch, partial);
-    case 2: return decode_rows<kType, 2>(p, tile, groups, n, scratch, partial);
-    case 3: return decode_rows<kType, 3>(p, tile, groups, n, scratch, partial);
-    default: return decode_rows<kType, 4>(p, tile, groups, n, scratch, partial);
-  }
-}
-
-void decode_tile(const Params& p, const QueryTile& tile, const KeyGroup* groups, int64_t n,
-                 const void*, void* scratch, float* partial) {
-  switch (p.dtype) {
-    case DType::f32: return decode_type<DType::f32>(p, tile, groups, n, scratch, partial);
-    case DType::f16: return decode_type<DType::f16>(p, tile, groups, n, scratch, partial);
-    case DType::bf16: return decode_type<DType::bf16>(p, tile, groups, n, scratch, partial);
-  }
 }
 
 }  // namespace

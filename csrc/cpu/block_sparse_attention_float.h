@@ -181,7 +181,7 @@ class FloatTile {
       float* s = s_.scores + k * kLanes + v * kWidth;
       // subtract first: the difference of two large scores is exact, that of their products not
       const Vec x = Vec::load(s);
-      const Vec e = Vec::select(Vec::greater(x, Vec::set(-INFINITY)),
+      const Vec e = Vec::select(Vec::differ(x, Vec::set(-INFINITY)),
                                 exp2((x - max) * factor), Vec::zero());
       sum = sum + e;
       e.store(s);
@@ -200,9 +200,6 @@ class FloatTile {
   int32_t first_[kChunkKeys / kGroupKeys], last_[kChunkKeys / kGroupKeys];
   int32_t lowest_[kMaxRows / kLanes], highest_[kMaxRows / kLanes];
 };
-
-int64_t nothing_packed(const Params&) { return 0; }
-void pack_nothing(const Params&, int64_t, int64_t, int64_t, int64_t, void*) {}
 
 void float_tile(const Params& p, const QueryTile& tile, const KeyGroup* groups, int64_t n,
                 const void*, void* scratch, float* partial) {

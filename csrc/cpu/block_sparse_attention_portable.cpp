@@ -1,4 +1,5 @@
-#include "block_sparse_attention_decode.h"
+#include "block_sparse_attention_decode_float.h"
+#include "block_sparse_attention_float.h"
 
 namespace sparse_attn {
 

@@ -3,11 +3,10 @@
 
 #include <cmath>
 #include <numeric>
-#include <optional>
-#include <string>
 #include <tuple>
 #include <vector>
 
+#include "../common/flex_prefill_select.h"
 #include "block_sparse_attention.h"
 #include "cpu_isa.h"
 #include "threads.h"
@@ -352,38 +351,15 @@ class Selector {
   std::vector<float> mean_key_;  // [B, Hkv, Nk, D]
 };
 
-void check_arguments(const Tensor& query, const Tensor& key, int64_t block,
-                     std::optional<int64_t> max_budget, const std::string& variant, bool causal,
-                     std::optional<double> scale) {
-  SA_CHECK(query.dim() == 4 && query.numel() > 0, "query: expected [B, Hq, Tq, D], not empty");
-  SA_CHECK(key.dim() == 4 && key.numel() > 0, "key: expected [B, Hkv, Tk, D], not empty");
-  SA_CHECK(key.scalar_type() == query.scalar_type(), "key: dtype differs from query's");
-  SA_CHECK(key.size(0) == query.size(0) && key.size(3) == query.size(3),
-           "key: batch size or head_dim differs from query's");
-  SA_CHECK(query.size(1) % key.size(1) == 0, "query: heads are no multiple of key's");
-  SA_CHECK(query.is_cpu() && key.is_cpu(), "query, key: expected CPU tensors");
-  SA_CHECK(block >= 1 && block <= kProbeLanes, "block_size: got ", block, ", expected 1 to 128");
-  SA_CHECK(max_budget.value_or(1) >= 1, "max_budget: got ", *max_budget, ", expected 1 or more");
-  SA_CHECK(std::isfinite(scale.value_or(0)), "scale: expected a finite number");
-  SA_CHECK(variant == "exact", "variant: got ", variant, ", this kernel serves exact");
-  SA_CHECK(causal, "causal: FlexPrefill is defined for causal prefill");
-}
-
 std::tuple<Tensor, Tensor, Tensor> flex_prefill_select(
     Tensor query, Tensor key, double gamma, double tau, int64_t min_budget,
     std::optional<int64_t> max_budget, int64_t block_size, std::string variant, bool causal,
     std::optional<double> scale) {
-  check_arguments(query, key, block_size, max_budget, variant, causal, scale);
+  check_flex_prefill_select(query, key, gamma, tau, min_budget, max_budget, block_size, variant,
+                            causal, scale);
+  SA_CHECK(query.is_cpu() && key.is_cpu(), "query, key: expected CPU tensors");
   query = last_dim_contiguous(query), key = last_dim_contiguous(key);
-  Params p{};
-  p.dtype = dtype_of(query, "query");
-  p.B = query.size(0), p.Hq = query.size(1), p.Tq = query.size(2), p.D = query.size(3);
-  p.Hkv = key.size(1), p.Tk = key.size(2);
-  p.query = query.const_data_ptr(), p.key = key.const_data_ptr();
-  for (int i = 0; i < 3; ++i) p.query_stride[i] = query.stride(i), p.key_stride[i] = key.stride(i);
-  p.block = block_size;
-  p.probe = std::min({block_size, p.Tq, p.Tk});
-  p.scale = static_cast<float>(scale.value_or(1.0 / std::sqrt(static_cast<double>(p.D))));
+  const Params p = flex_prefill_params(query, key, block_size, scale);
   const int64_t rows = (p.Tq + block_size - 1) / block_size;
   const int64_t blocks = (p.Tk + block_size - 1) / block_size;
   const auto to_blocks = [&](int64_t tokens) {

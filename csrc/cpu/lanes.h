@@ -10,12 +10,6 @@ constexpr int kWidth = Vec::kWidth;
 constexpr int kLanes = 2 * kWidth;          // columns of a lane block
 constexpr int kRegisterRows = kWidth == 16 ? 12 : 4;  // times two vectors, held in registers
 
-inline const char* element(DType dtype, const void* base, const int64_t stride[3], int64_t b,
-                           int64_t h, int64_t t) {
-  return static_cast<const char*>(base) +
-         (b * stride[0] + h * stride[1] + t * stride[2]) * element_bytes(dtype);
-}
-
 // c [kCount][2 vectors] += a(row, k) * b [k][kLanes] over k < n
 template <int kCount, class Element>
 inline void multiply(Vec (&c)[kCount][2], Element a, const float* b, int64_t n) {

@@ -31,6 +31,7 @@ struct Vec {
   static Vec fma(Vec a, Vec b, Vec c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }
   static Vec max(Vec a, Vec b) { return {_mm512_max_ps(a.v, b.v)}; }
   static Mask greater(Vec a, Vec b) { return _mm512_cmp_ps_mask(a.v, b.v, _CMP_GT_OQ); }
+  static Mask differ(Vec a, Vec b) { return _mm512_cmp_ps_mask(a.v, b.v, _CMP_NEQ_UQ); }
   static Vec select(Mask m, Vec yes, Vec no) { return {_mm512_mask_blend_ps(m, no.v, yes.v)}; }
   static bool any(Mask m) { return m != 0; }
   // lanes whose position p satisfies low <= p <= high
@@ -61,6 +62,7 @@ struct Vec {
   static Vec fma(Vec a, Vec b, Vec c) { return {_mm256_fmadd_ps(a.v, b.v, c.v)}; }
   static Vec max(Vec a, Vec b) { return {_mm256_max_ps(a.v, b.v)}; }
   static Mask greater(Vec a, Vec b) { return _mm256_cmp_ps(a.v, b.v, _CMP_GT_OQ); }
+  static Mask differ(Vec a, Vec b) { return _mm256_cmp_ps(a.v, b.v, _CMP_NEQ_UQ); }
   static Vec select(Mask m, Vec yes, Vec no) { return {_mm256_blendv_ps(no.v, yes.v, m)}; }
   static bool any(Mask m) { return _mm256_movemask_ps(m) != 0; }
   static Mask within(const int32_t* position, int32_t low, int32_t high) {
@@ -72,7 +74,7 @@ struct Vec {
   static Vec floor(Vec a) { return {_mm256_floor_ps(a.v)}; }
   static Vec scale_by_power(Vec y, Vec n) {
     // n <= 0 here; below -126 the power is no longer a normal float
-    const __m256 kept = _mm256_cmp_ps(n.v, _mm256_set1_ps(-126.0f), _CMP_GE_OQ);
+    const __m256 kept = _mm256_cmp_ps(n.v, _mm256_set1_ps(-126.0f), _CMP_NLT_UQ);
     const __m256i bits =
         _mm256_slli_epi32(_mm256_add_epi32(_mm256_cvtps_epi32(n.v), _mm256_set1_epi32(127)), 23);
     return {_mm256_and_ps(_mm256_mul_ps(y.v, _mm256_castsi256_ps(bits)), kept)};
@@ -102,6 +104,7 @@ struct Vec {
   static Vec fma(Vec a, Vec b, Vec c) { return {a.v * b.v + c.v}; }
   static Vec max(Vec a, Vec b) { return select(a.v > b.v, a, b); }
   static Mask greater(Vec a, Vec b) { return a.v > b.v; }
+  static Mask differ(Vec a, Vec b) { return a.v != b.v; }
   static Vec select(Mask m, Vec yes, Vec no) {
     const Mask y = (Mask)yes.v, n = (Mask)no.v;
     return {(Floats)((y & m) | (n & ~m))};
@@ -123,7 +126,7 @@ struct Vec {
   }
   static Vec scale_by_power(Vec y, Vec n) {
     const Mask bits = (__builtin_convertvector(n.v, Mask) + 127) << 23;
-    return {(Floats)((Mask)(y.v * (Floats)bits) & (n.v >= -126.0f))};
+    return {(Floats)((Mask)(y.v * (Floats)bits) & ~(n.v < -126.0f))};
   }
 };
 
@@ -131,7 +134,7 @@ struct Vec {
 
 // 2^t for t <= 0 (and small positive t) to about one unit in the last place; 0 below 2^-126
 inline Vec exp2(Vec t) {
-  t = Vec::max(t, Vec::set(-1000.0f));
+  t = Vec::max(Vec::set(-1000.0f), t);  // in this order NaN stays NaN
   const Vec n = Vec::floor(t);
   const Vec f = t - n;
   Vec y = Vec::set(0.00021702255200821202f);

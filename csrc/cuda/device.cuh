@@ -14,6 +14,16 @@
 
 namespace sparse_attn {
 
+constexpr float kInfinity = __builtin_bit_cast(float, 0x7f800000);  // no NVRTC header has it
+
+// kN elements that are loaded and stored at once, from an address that is a multiple of their size
+template <class T, int kN>
+struct alignas(sizeof(T) * kN) Pack {
+  T elements[kN];
+  __device__ __forceinline__ T& operator[](int i) { return elements[i]; }
+  __device__ __forceinline__ const T& operator[](int i) const { return elements[i]; }
+};
+
 __device__ __forceinline__ float to_float(__half x) { return __half2float(x); }
 __device__ __forceinline__ float to_float(__nv_bfloat16 x) { return __bfloat162float(x); }
 __device__ __forceinline__ float to_float(float x) { return x; }

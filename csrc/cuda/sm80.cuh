@@ -62,6 +62,22 @@ __device__ __forceinline__ void mma_m16n8k16<__half>(float (&d)[4], const uint32
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
+// Two numbers rounded to 16 bits, the first in the lower half.
+template <class T>
+__device__ __forceinline__ uint32_t pack_two(float low, float high);
+template <>
+__device__ __forceinline__ uint32_t pack_two<__nv_bfloat16>(float low, float high) {
+  uint32_t pair;
+  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
+  return pair;
+}
+template <>
+__device__ __forceinline__ uint32_t pack_two<__half>(float low, float high) {
+  uint32_t pair;
+  asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
+  return pair;
+}
+
 // 2^x within 2 units in the last place; 0 for -infinity
 __device__ __forceinline__ float exp2_approx(float x) {
   float y;

@@ -37,7 +37,8 @@ def register(method: Any = "flex_prefill", name: str = "sparse_attn", **options:
     the method's crossover take its dense path. Register several names for several methods.
 
     Served is causal attention with left or right padding, whole or in chunks, with dynamic or
-    static caches; any other mask, a soft cap, sinks, dropout and paged caches raise.
+    static caches; any other mask, a soft cap, sinks, dropout and paged caches raise. Masks are read
+    on the host, which torch.compile(fullgraph=True) refuses: compile without it or pass no padding.
     """
     register_function(
         lambda *args, **kwargs: api.attention(*args, method, **options, **kwargs), name
@@ -100,14 +101,20 @@ def spans(mask: torch.Tensor, query: torch.Tensor, key: torch.Tensor) -> list[Sp
             f"attention_mask: got shape {tuple(mask.shape)}, expected [B, 1, Tq, Tk]: "
             "sparse_attn takes no mask per head; use 'sdpa'"
         )
-    version = None if mask.is_inference() else mask._version
-    state = (version, query.shape[0], query.shape[2], key.shape[2])
+    if mask.is_inference():  # has no version: a change in place would not be noticed
+        return find_spans(mask, query, key)
+    state = (mask._version, query.shape[0], query.shape[2], key.shape[2])
     known = KNOWN.get(mask)
     if known is None or known[0] != state:
-        seen = mask if mask.dtype == torch.bool else mask == 0
-        seen = seen[:, 0, :, : key.shape[2]].expand(query.shape[0], query.shape[2], -1)
-        known = KNOWN[mask] = (state, [span(rows) for rows in seen])
+        known = KNOWN[mask] = (state, find_spans(mask, query, key))
     return known[1]
+
+
+def find_spans(mask: torch.Tensor, query: torch.Tensor, key: torch.Tensor) -> list[Span]:
+    """Reads the mask: `spans` without the check of its shape and without what is known of it."""
+    seen = mask if mask.dtype == torch.bool else mask == 0
+    seen = seen[:, 0, :, : key.shape[2]].expand(query.shape[0], query.shape[2], -1)
+    return [span(rows) for rows in seen]
 
 
 def span(seen: torch.Tensor) -> Span:

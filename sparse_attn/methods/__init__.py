@@ -13,6 +13,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 
 from ..block_index import BlockIndex
+from ..registry import Op
 
 
 class Selection(NamedTuple):
@@ -30,6 +31,11 @@ class Method(Protocol):
 
     def why_not(self, query: torch.Tensor, key: torch.Tensor, causal: bool) -> str | None:
         """Why the method cannot serve a call and what would, or None."""
+
+    def selector(
+        self, query: torch.Tensor, key: torch.Tensor, causal: bool, scale: float | None
+    ) -> tuple[Op, tuple[Any, ...]] | None:
+        """The operator that `select` calls and its arguments, None where it calls none."""
 
     def select(
         self,

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 
 from ..block_index import BlockIndex
+from ..registry import Op
 from . import Selection
 
 
@@ -18,6 +19,11 @@ class Dense:
     name: ClassVar[str] = "dense"
 
     def why_not(self, query: torch.Tensor, key: torch.Tensor, causal: bool) -> str | None:
+        return None
+
+    def selector(
+        self, query: torch.Tensor, key: torch.Tensor, causal: bool, scale: float | None
+    ) -> tuple[Op, tuple[Any, ...]] | None:
         return None
 
     def select(

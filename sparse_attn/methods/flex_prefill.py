@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 
 from ..block_index import BlockIndex
-from ..ops import flex_prefill_select as selector
+from ..ops import flex_prefill_select as ops
+from ..registry import Op
 from . import Selection
 
 
@@ -38,12 +39,20 @@ class FlexPrefill:
     name: ClassVar[str] = "flex_prefill"
 
     def __post_init__(self) -> None:
-        selector.check_options(
+        ops.check_options(
             self.gamma, self.tau, self.min_budget, self.max_budget, self.block_size, self.variant
         )
 
     def why_not(self, query: torch.Tensor, key: torch.Tensor, causal: bool) -> str | None:
-        return selector.why_not(causal)
+        return ops.why_not(causal)
+
+    def selector(
+        self, query: torch.Tensor, key: torch.Tensor, causal: bool, scale: float | None
+    ) -> tuple[Op, tuple[Any, ...]]:
+        return ops.op, (
+            query, key, self.gamma, self.tau, self.min_budget, self.max_budget, self.block_size,
+            self.variant, causal, scale,
+        )  # fmt: skip
 
     def select(
         self,
@@ -54,10 +63,8 @@ class FlexPrefill:
         scale: float | None = None,
         backend: str | None = None,
     ) -> Selection:
-        indices, counts, _ = selector.op(
-            query, key, self.gamma, self.tau, self.min_budget, self.max_budget, self.block_size,
-            self.variant, causal, scale, backend=backend,
-        )  # fmt: skip
+        op, args = self.selector(query, key, causal, scale)
+        indices, counts, _ = op(*args, backend=backend)
         return Selection(BlockIndex(indices, counts, self.block_size, self.block_size))
 
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-import math
+from numbers import Integral, Real
 from typing import Any
 
 import torch
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+MAX_TOKENS = 2**31 - 256  # of queries and keys together
+MAX_INT64 = 2**63 - 1  # what a schema's int holds
+MAX_FLOAT32 = torch.finfo(torch.float32).max
 
 
 def tensor(name: str, x: Any, shape: tuple[str, ...], dtypes: tuple[torch.dtype, ...]) -> None:
@@ -48,6 +51,18 @@ def heads(query: torch.Tensor, key: torch.Tensor) -> None:
         )
 
 
+def lengths(query: torch.Tensor, key: torch.Tensor) -> None:
+    """Kernels hold positions in 32 bits."""
+    if torch.compiler.is_compiling():  # it would become a bound of an exported program's lengths
+        return
+    if query.shape[2] + key.shape[2] >= MAX_TOKENS:
+        longer = "key" if key.shape[2] >= query.shape[2] else "query"
+        raise ValueError(
+            f"{longer}: {query.shape[2]} queries and {key.shape[2]} keys, "
+            f"expected less than {MAX_TOKENS} tokens together"
+        )
+
+
 def query_key(query: Any, key: Any) -> None:
     """query [B, Hq, Tq, D] and key [B, Hkv, Tk, D]."""
     tensor("query", query, ("B", "Hq", "Tq", "D"), DTYPES)
@@ -56,6 +71,7 @@ def query_key(query: Any, key: Any) -> None:
     same("key", "batch size", key.shape[0], query.shape[0], "query")
     same("key", "head_dim", key.shape[3], query.shape[3], "query")
     heads(query, key)
+    lengths(query, key)
 
 
 def query_key_value(query: Any, key: Any, value: Any) -> None:
@@ -68,21 +84,51 @@ def query_key_value(query: Any, key: Any, value: Any) -> None:
     same("value", "length", value.shape[2], key.shape[2], "key")
 
 
+def integer(name: str, x: Any) -> None:
+    if not isinstance(x, (Integral, torch.SymInt)) or isinstance(x, bool):
+        raise TypeError(f"{name}: got {x!r}, expected an integer")
+
+
+def number(name: str, x: Any) -> None:
+    if not isinstance(x, (Real, torch.SymInt, torch.SymFloat)) or isinstance(x, bool):
+        raise TypeError(f"{name}: got {x!r}, expected a number")
+
+
+def block_size(name: str, x: Any) -> None:
+    integer(name, x)
+    between(name, x, 1, 128)
+
+
 def between(name: str, x: Any, low: float, high: float) -> None:
     if not low <= x <= high:
         raise ValueError(f"{name}: got {x}, expected {low} to {high}")
 
 
 def not_negative(name: str, x: Any) -> None:
+    integer(name, x)
     if x < 0:
         raise ValueError(f"{name}: got {x}, expected 0 or more")
 
 
 def finite_scale(scale: Any) -> None:
-    if scale is not None and not math.isfinite(scale):
-        raise ValueError(f"scale: got {scale}, expected a finite number or None for 1/sqrt(D)")
+    if scale is None:
+        return
+    number("scale", scale)
+    if not abs(scale) <= MAX_FLOAT32:
+        raise ValueError(
+            f"scale: got {scale}, expected a number, finite in float32, or None for 1/sqrt(D)"
+        )
 
 
 def not_float64(first: torch.Tensor, *args: Any) -> bool | str:
     """The `when` of kernels that have no float64."""
     return first.dtype != torch.float64 or "float64 is served by the reference only"
+
+
+def cuda_kernels_serve(first: torch.Tensor, *args: Any) -> bool | str:
+    """What the `when` of every CUDA kernel begins with."""
+    if first.dtype not in (torch.float16, torch.bfloat16):
+        return f"{first.dtype}, served in float16 and bfloat16; triton and reference take others"
+    if first.is_cuda and torch.cuda.get_device_properties(first.device).major < 8:
+        return "needs compute capability 8.0 or more"
+    return True

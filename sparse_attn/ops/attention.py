@@ -55,6 +55,7 @@ def _run(backend, query, key, value, method, options, causal, scale):
 
 
 op.composite("triton", "cuda", _run, of=(attend,))
+op.composite("cuda", "cuda", _run, of=(attend,))
 op.composite("cpp", "cpu", _run, of=(attend,))
 op.composite("reference", "any", _run, of=(attend,))
 op.autocast(3)

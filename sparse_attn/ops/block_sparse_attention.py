@@ -31,8 +31,8 @@ def _(query, key, value, indices, counts, q_block, kv_block, causal=True, sink=0
 @op.validate
 def check_call(query, key, value, indices, counts, q_block, kv_block, causal, sink, window, scale):
     check.query_key_value(query, key, value)
-    check.between("q_block", q_block, 1, 128)
-    check.between("kv_block", kv_block, 1, 128)
+    check.block_size("q_block", q_block)
+    check.block_size("kv_block", kv_block)
     check.tensor("indices", indices, ("B", "Hi", "Mq", "K"), (torch.int32,))
     check.tensor("counts", counts, ("B", "Hi", "Mq"), (torch.int32,))
     for name, x in (("indices", indices), ("counts", counts)):
@@ -63,7 +63,16 @@ def triton_serves(query, key, value, *args):
     return check.not_float64(query)
 
 
+def _cuda_serves(query, key, value, *args):
+    dims = query.shape[3], value.shape[3]
+    if any(d % 8 or d > 256 for d in dims):
+        served = "served: multiples of 8 up to 256; triton takes others"
+        return f"head_dim {dims[0]} and {dims[1]}, {served}"
+    return check.cuda_kernels_serve(query)
+
+
 op.impl("triton", device="cuda", when=triton_serves)
+op.impl("cuda", device="cuda", when=_cuda_serves)
 op.impl("cpp", device="cpu", when=check.not_float64)
 op.impl("reference", device="any")
 op.autocast(3)  # its gradient: block_sparse_attention_backward.py

@@ -36,17 +36,16 @@ def _run(backend, query, key, value, *options):
     )  # fmt: skip
 
 
-def _selector_serves(backend):
-    """The composite serves what both parts serve; the attention has the wider range otherwise."""
-
+def _parts_serve(backend):
     def when(query, key, value, *options):
-        return select.reasons((query, key, *options))[backend] or True
+        refused = select.reasons((query, key, *options))[backend]
+        return refused or attend.reasons((query, key, value))[backend] or True
 
     return when
 
 
-op.composite("triton", "cuda", _run, of=(select, attend), when=_selector_serves("triton"))
-op.composite("cpp", "cpu", _run, of=(select, attend), when=_selector_serves("cpp"))
+for _backend, _device in (("triton", "cuda"), ("cuda", "cuda"), ("cpp", "cpu")):
+    op.composite(_backend, _device, _run, of=(select, attend), when=_parts_serve(_backend))
 op.composite("reference", "any", _run, of=(select, attend))
 op.autocast(3)
 op.no_grad("Call sparse_attn.attention, which has one, or detach the inputs.")

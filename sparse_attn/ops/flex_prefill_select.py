@@ -34,15 +34,18 @@ def _(query, key, gamma=0.95, tau=0.1, min_budget=1024, max_budget=None, block_s
 
 def check_options(gamma, tau, min_budget, max_budget, block_size, variant):
     """The checks that need no tensor; the method's config makes them too."""
+    check.number("gamma", gamma)
     if not gamma > 0:
         raise ValueError(f"gamma: got {gamma}, expected more than 0 (1 or more: every block)")
+    check.number("tau", tau)
     check.between("tau", tau, 0, float("inf"))
-    check.not_negative("min_budget", min_budget)
-    if max_budget is not None and max_budget < 1:
-        raise ValueError(f"max_budget: got {max_budget}, expected 1 or more tokens, or None")
+    for name, budget, least in (("min_budget", min_budget, 0), ("max_budget", max_budget, 1)):
+        if budget is not None or name == "min_budget":
+            check.integer(name, budget)
+            check.between(name, budget, least, check.MAX_INT64)
     if variant not in VARIANTS:
         raise ValueError(f"variant: got {variant!r}, expected one of {VARIANTS}")
-    check.between("block_size", block_size, 1, 128)
+    check.block_size("block_size", block_size)
     if variant == "official" and block_size not in (16, 32, 64, 128):
         raise ValueError(
             f"block_size: got {block_size}, the official variant accepts 16, 32, 64 or 128; "
@@ -79,7 +82,15 @@ def _triton_serves(query, *args):
     return _kernels_serve(query, *args)
 
 
+def _cuda_serves(query, *args):
+    if query.shape[3] > 256 or query.shape[3] % 8 != 0:
+        return f"head_dim {query.shape[3]}, served are multiples of 8 up to 256"
+    served = _kernels_serve(query, *args)
+    return check.cuda_kernels_serve(query) if served is True else served
+
+
 op.impl("triton", device="cuda", when=_triton_serves)
+op.impl("cuda", device="cuda", when=_cuda_serves)
 op.impl("cpp", device="cpu", when=_kernels_serve)
 op.impl("reference", device="any")
 op.autocast(2)

@@ -33,6 +33,7 @@ def _(out_a, lse_a, out_b, lse_b):
 
 
 op.impl("triton", device="cuda", when=check.not_float64)
+op.impl("cuda", device="cuda", when=check.cuda_kernels_serve)
 op.impl("cpp", device="cpu", when=check.not_float64)
 op.impl("reference", device="any")
 

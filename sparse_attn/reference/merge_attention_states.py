@@ -11,6 +11,9 @@ def merge_attention_states(
     """Weights both outputs by exp(lse); rows empty in both stay 0 with lse -inf."""
     lse = torch.logaddexp(lse_a, lse_b)
     known = lse.masked_fill(lse == -torch.inf, 0)
-    weight_a, weight_b = (torch.exp(x - known)[..., None] for x in (lse_a, lse_b))
-    out = weight_a * out_a.to(lse.dtype) + weight_b * out_b.to(lse.dtype)
+    out = torch.zeros(out_a.shape, dtype=lse.dtype, device=lse.device)
+    for out_x, lse_x in ((out_a, lse_a), (out_b, lse_b)):
+        weighted = torch.exp(lse_x - known)[..., None] * out_x.to(lse.dtype)
+        # whatever the row of an empty side holds, the other is taken
+        out += weighted.masked_fill((lse_x == -torch.inf)[..., None], 0)
     return out.to(out_a.dtype).contiguous(), lse.contiguous()

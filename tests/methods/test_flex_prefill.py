@@ -2,7 +2,7 @@ import pytest
 import torch
 
 import sparse_attn
-from sparse_attn import FlexPrefill
+from sparse_attn import BlockIndex, FlexPrefill
 from tests.ops.test_flex_prefill_select import structured
 
 
@@ -41,9 +41,49 @@ def test_keeps_more_mass_than_the_official_variant_on_peaked_heads():
     assert mass > max(m for m, d in rivals if d <= density * 1.05)
 
 
-def test_config_checks_itself():
-    with pytest.raises(ValueError, match="gamma"):
-        FlexPrefill(gamma=-1)
+@pytest.mark.parametrize("kind", ["sharp", "mixed"])
+def test_keeps_nine_tenths_of_what_the_best_blocks_hold(kind):
+    """Against the exact best selection of equal size: of each head as many blocks, the heaviest."""
+    query, key, _ = structured(kind, 4096)
+    config = FlexPrefill(gamma=0.9, min_budget=0)
+    mask = sparse_attn.select(query, key, config).to_mask(4096)
+    assert 0 < mask.sum() < 0.8 * BlockIndex.full(4096, 4096).counts.sum() * mask.shape[1]
+    scores = query @ key.repeat_interleave(query.shape[1] // key.shape[1], 1).mT
+    later = torch.ones(4096, 4096).triu(1).bool()
+    weights = (scores / query.shape[3] ** 0.5).masked_fill(later, -torch.inf).softmax(-1)
+    mass = weights.unflatten(-1, (-1, 128)).sum(-1).unflatten(-2, (-1, 128)).sum(-2)
+    kept = best = 0.0
+    for of_head, chosen in zip(mass[0].flatten(1), mask[0].flatten(1), strict=True):
+        kept += of_head[chosen].sum().item()
+        best += of_head.topk(int(chosen.sum())).values.sum().item()
+    assert kept >= 0.9 * best, f"{kept / best:.3f}"
+
+
+@pytest.mark.parametrize(
+    "name, value, expected",
+    [
+        ("gamma", -1, "more than 0"),
+        ("gamma", "a", "a number"),
+        ("gamma", None, "a number"),
+        ("tau", "x", "a number"),
+        ("min_budget", "a", "an integer"),
+        ("min_budget", 1.5, "an integer"),
+        ("min_budget", 2**64, "0 to 9223372036854775807"),
+        ("max_budget", 1.5, "an integer"),
+        ("max_budget", 2**64, "1 to 9223372036854775807"),
+        ("block_size", "64", "an integer"),
+        ("block_size", 64.0, "an integer"),
+        ("block_size", True, "an integer"),
+    ],
+)
+def test_config_checks_itself(name, value, expected):
+    with pytest.raises(
+        (ValueError, TypeError), match=f"{name}: got {value!r}, expected {expected}"
+    ):
+        FlexPrefill(**{name: value})
+
+
+def test_config_is_frozen():
     with pytest.raises(AttributeError):
         FlexPrefill().gamma = 1
     assert FlexPrefill.name == "flex_prefill"

@@ -3,6 +3,7 @@ import torch
 
 import sparse_attn
 from sparse_attn.ops.attention import op
+from tests.cases import CUDA, call, opcheck
 from tests.ops.test_flex_prefill_select import structured
 
 
@@ -16,6 +17,15 @@ def test_equals_the_function():
     assert torch.equal(out, want[0]) and torch.equal(lse, want[1])
 
 
+@pytest.mark.parametrize("method", ["dense", "flex_prefill"])
+def test_cuda_kernels_serve_it(method):
+    tensors = [x[:, :, :300] for x in structured("sharp", 1200, torch.bfloat16)]
+    out, lse = call(op, CUDA[0], *tensors, method, '{"gamma": 1.0}' if method != "dense" else "{}")
+    want, want_lse = op(*tensors, "dense", backend="reference")
+    torch.testing.assert_close(lse, want_lse, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(out, want, rtol=2e-2, atol=2e-2)
+
+
 @pytest.mark.parametrize(
     "method, options, message",
     [
@@ -24,6 +34,12 @@ def test_equals_the_function():
         ("dense", "{", "options: expected a JSON object"),
         ("flex_prefill", '{"gama": 1}', "options: flex_prefill does not take"),
         ("flex_prefill", '{"gamma": -1}', "gamma: got -1"),
+        ("flex_prefill", '{"block_size": 1.5}', "options: .* block_size: got 1.5, expected an int"),
+        (
+            "flex_prefill",
+            '{"min_budget": null}',
+            "options: .* min_budget: got None, expected an int",
+        ),
     ],
 )
 def test_bad_method(method, options, message):
@@ -33,7 +49,7 @@ def test_bad_method(method, options, message):
 
 @pytest.mark.parametrize("overload", ["default", "cpp", "reference"])
 def test_opcheck(overload):
-    torch.library.opcheck(
+    opcheck(
         getattr(torch.ops.sparse_attn.attention, overload),
         (*structured("sharp", 300), "flex_prefill"),
     )

@@ -20,6 +20,7 @@ from tests.cases import (
     call,
     index,
     inputs,
+    opcheck,
 )
 from tests.ops.test_block_sparse_attention import dense_in_dtype
 
@@ -323,10 +324,10 @@ def test_opcheck(overload):
     shape = Shape(Tq=20, Tk=30, q_block=16, kv_block=16)
     args = arguments("cpp", shape, torch.float32, index(shape), sink=3, window=5, scale=0.2)
     backward = getattr(torch.ops.sparse_attn.block_sparse_attention_backward, overload)
-    torch.library.opcheck(backward, args)
+    opcheck(backward, args)
     leaves = [x.detach().requires_grad_() for x in args[2:5]]
     forward = getattr(torch.ops.sparse_attn.block_sparse_attention, overload)
-    torch.library.opcheck(forward, (*leaves, *args[7:]))
+    opcheck(forward, (*leaves, *args[7:]))
 
 
 def test_no_second_derivative():

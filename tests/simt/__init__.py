@@ -5,6 +5,7 @@ See docs/cuda.md. The sources are compiled with g++ at the first use and cached 
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import importlib.util
 import os
@@ -29,6 +30,7 @@ FLAGS = ["-std=c++20", "-fPIC", "-fvisibility=hidden", "-g1", "-w"]
 # device code calls a check before each access; merging accesses would hide which they were
 DEVICE = ["-O2", "-fsanitize=thread", "-fno-tree-vectorize", "-fno-store-merging"]
 HOST = ["-O3"]
+DOOR = ["-O0"]  # pybind11's templates, called once per run
 
 
 def why_not() -> str | None:
@@ -37,11 +39,13 @@ def why_not() -> str | None:
         return "the SIMT executor needs g++"
     if importlib.util.find_spec("pybind11") is None:
         return "the SIMT executor needs pybind11: pip install pybind11"
+    if not Path(sysconfig.get_path("include"), "Python.h").exists():
+        return "the SIMT executor needs Python's headers: install python3-dev"
     return None
 
 
 def digest(csrc: Path) -> str:
-    sources = [p for p in HERE.rglob("*") if p.suffix in (".h", ".cpp", ".py")]
+    sources = [p for p in HERE.rglob("*") if p.suffix in (".h", ".cpp")] + [Path(__file__)]
     sources += [p for d in ("cuda", "common") for p in (csrc / d).rglob("*.*h")]
     found = hashlib.sha256(sysconfig.get_platform().encode())
     for path in sorted(sources):
@@ -54,7 +58,7 @@ def compile_all(csrc: Path, ops: Iterable[str], name: str, target: Path) -> None
 
     include = [HERE.parent, HERE, csrc, pybind11.get_include(), sysconfig.get_path("include")]
     flags = [*FLAGS, f"-DSIMT_MODULE={name}", *(f"-I{p}" for p in include)]
-    sources = [(p, HOST) for p in sorted(HERE.glob("*.cpp"))]
+    sources = [(p, DOOR if p.stem == "module" else HOST) for p in sorted(HERE.glob("*.cpp"))]
     sources += [(HERE / "ops" / f"{op}.cpp", DEVICE) for op in ops]
     with tempfile.TemporaryDirectory(dir=target.parent) as folder:
 
@@ -70,7 +74,7 @@ def compile_all(csrc: Path, ops: Iterable[str], name: str, target: Path) -> None
             objects = list(pool.map(compile_one, sources))
         linked = f"{folder}/{target.name}"
         subprocess.run(["g++", "-shared", *objects, "-o", linked, "-ldl"], check=True)
-        os.replace(linked, target)  # another process may be at it too
+        os.replace(linked, target)
 
 
 @cache
@@ -79,9 +83,11 @@ def module(csrc: Path = CSRC, ops: tuple[str, ...] | None = None) -> ModuleType:
     ops = ops or tuple(sorted(p.stem for p in (HERE / "ops").glob("*.cpp")))
     name = "simt_" + hashlib.sha256(repr((digest(csrc), ops)).encode()).hexdigest()[:12]
     target = CACHE / f"{name}.so"
-    if not target.exists():
-        CACHE.mkdir(parents=True, exist_ok=True)
-        compile_all(csrc, ops, name, target)
+    CACHE.mkdir(parents=True, exist_ok=True)
+    with (CACHE / "lock").open("w") as lock:  # another process may be at it: one is enough
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not target.exists():
+            compile_all(csrc, ops, name, target)
     spec = importlib.util.spec_from_file_location(name, target)
     assert spec is not None and spec.loader is not None
     loaded = importlib.util.module_from_spec(spec)

@@ -25,6 +25,9 @@ using std::max, std::min;
 struct alignas(8) float2 {
   float x, y;
 };
+struct alignas(16) float4 {
+  float x, y, z, w;
+};
 struct alignas(8) int2 {
   int x, y;
 };
@@ -49,6 +52,7 @@ float bfloat16_to_float(uint16_t bits);
 uint16_t float_to_bfloat16(float x);
 
 int atomic_add(int* p, int x);
+unsigned long long atomic_add(unsigned long long* p, unsigned long long x);
 float atomic_add(float* p, float x);
 int atomic_min(int* p, int x);
 int atomic_max(int* p, int x);
@@ -170,6 +174,9 @@ T __reduce_max_sync(uint32_t mask, T x, SIMT_HERE) {
 }
 
 inline int atomicAdd(int* p, int x) { return simt::atomic_add(p, x); }
+inline unsigned long long atomicAdd(unsigned long long* p, unsigned long long x) {
+  return simt::atomic_add(p, x);
+}
 inline float atomicAdd(float* p, float x) { return simt::atomic_add(p, x); }
 inline int atomicMin(int* p, int x) { return simt::atomic_min(p, x); }
 inline int atomicMax(int* p, int x) { return simt::atomic_max(p, x); }
@@ -187,6 +194,11 @@ T __ldg(const T* p) {
 inline int __popc(uint32_t x) { return __builtin_popcount(x); }
 inline int __ffs(uint32_t x) { return __builtin_ffs(static_cast<int>(x)); }
 inline int __clz(uint32_t x) { return x == 0 ? 32 : __builtin_clz(x); }
+
+inline float __fmul_rn(float a, float b) { return a * b; }
+inline float __fdividef(float a, float b) { return a / b; }
+inline uint32_t __float_as_uint(float x) { return __builtin_bit_cast(uint32_t, x); }
+inline float __uint_as_float(uint32_t x) { return __builtin_bit_cast(float, x); }
 
 inline float __half2float(__half x) { return simt::half_to_float(x.bits); }
 inline __half __float2half_rn(float x) { return {simt::float_to_half(x)}; }

@@ -1,5 +1,6 @@
 // The host's side of a launch: arguments from Python, kernels by name.
 #pragma once
+#include <cstring>
 #include <map>
 #include <stdexcept>
 
@@ -31,9 +32,20 @@ struct Arguments {
 
   const Tensor& tensor(const std::string& name) const { return tensors.at(name); }
   double number(const std::string& name) const { return numbers.at(name); }
+  double number(const std::string& name, double otherwise) const {
+    const auto found = numbers.find(name);
+    return found == numbers.end() ? otherwise : found->second;
+  }
   template <class T>
   T* pointer(const std::string& name) const {
     return reinterpret_cast<T*>(tensor(name).data);
+  }
+  // Copies what a plan says into an output, for tests.
+  template <class T>
+  void give(const std::string& name, const T& x) const {
+    if (tensor(name).bytes() != sizeof(T))
+      throw std::runtime_error(name + " has " + std::to_string(sizeof(T)) + " bytes in C++");
+    std::memcpy(tensor(name).data, &x, sizeof(T));
   }
 };
 
@@ -48,6 +60,17 @@ void launch(const Arguments& arguments, Index3 grid, Index3 block, size_t shared
   l.memory.push_back({"the parameters", place, sizeof(P), false});
   run(l, [](const void* p) { kKernel(*static_cast<const P*>(p)); }, &parameters);
 }
+
+// Scratch memory that kernels may use as the tensor `name`, full of NaN; `arguments` must not
+// outlive it.
+struct Workspace {
+  std::vector<char> data;
+
+  Workspace(Arguments& arguments, const std::string& name, size_t bytes) : data(bytes, '\xff') {
+    const auto n = static_cast<int64_t>(bytes);
+    arguments.tensors[name] = {data.data(), {n}, {1}, 1, true};
+  }
+};
 
 using Program = void (*)(const Arguments&);
 

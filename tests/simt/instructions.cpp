@@ -90,6 +90,9 @@ uint16_t float_to_bfloat16(float x) {
 }
 
 int atomic_add(int* p, int x) { return std::exchange(checked(p), *p + x); }
+unsigned long long atomic_add(unsigned long long* p, unsigned long long x) {
+  return std::exchange(checked(p), *p + x);
+}
 float atomic_add(float* p, float x) { return std::exchange(checked(p), *p + x); }
 int atomic_min(int* p, int x) { return std::exchange(checked(p), std::min(*p, x)); }
 int atomic_max(int* p, int x) { return std::exchange(checked(p), std::max(*p, x)); }

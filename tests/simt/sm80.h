@@ -21,6 +21,11 @@ void ldmatrix_x4_transposed(uint32_t (&r)[4], const void* row, SIMT_HERE);
 template <class T>
 void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, SIMT_HERE);
 
+template <class T>
+uint32_t pack_two(float low, float high) {
+  return from_float<T>(low).bits | uint32_t{from_float<T>(high).bits} << 16;
+}
+
 float exp2_approx(float x);
 
 }  // namespace sparse_attn

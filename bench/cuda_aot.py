@@ -1,0 +1,169 @@
+"""`python -m bench cuda_aot [--quick]`: compiles the CUDA kernels, with no GPU; what they use.
+
+Each case asks an operator's plan, on tensors without data, which kernels it would launch; nvcc
+compiles those. The table shows registers and spilled bytes per thread, shared memory per block.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import torch
+
+# architecture: multiprocessors, bytes of shared memory that a block can have
+LIMITS = {"sm_80": (108, 163 * 1024), "sm_90a": (132, 227 * 1024), "sm_100a": (148, 227 * 1024)}
+QUICK = ("sm_80", "sm_90a")
+DTYPES = {"bf16": torch.bfloat16, "f16": torch.float16}
+
+
+@dataclass(frozen=True)
+class Row:
+    """One compiled kernel, with what its plan adds."""
+
+    op: str
+    arch: str
+    kernel: str
+    threads: int
+    registers: int
+    spilled: int
+    shared: int
+
+
+def empty(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def merge(dtype: torch.dtype, dv: int) -> None:
+    from sparse_attn.nvrtc.merge_attention_states import merge_attention_states as run
+
+    out, lse = empty(1, 8, 4096, dv, dtype=dtype), empty(1, 8, 4096)
+    run(out, lse, out, lse)
+
+
+def attention(dtype: torch.dtype, dim: int, q_block: int, n_queries: int = 4096) -> None:
+    from sparse_attn.nvrtc.block_sparse_attention import block_sparse_attention as run
+
+    query = empty(1, 8, n_queries, dim, dtype=dtype)
+    key = empty(1, 2, 8192, dim, dtype=dtype)
+    counts = empty(1, 2, -(-n_queries // q_block), dtype=torch.int32)
+    run(query, key, key, empty(*counts.shape, 64, dtype=torch.int32), counts, q_block, 128)
+
+
+def select(dtype: torch.dtype, dim: int) -> None:
+    from sparse_attn.nvrtc.flex_prefill_select import flex_prefill_select as run
+
+    run(empty(1, 8, 131072, dim, dtype=dtype), empty(1, 2, 131072, dim, dtype=dtype))
+
+
+def cases(quick: bool) -> list[tuple[Callable[..., None], Any]]:
+    """Functions and their arguments; quick: the kernels of common calls, in one dtype."""
+    found: list[tuple[Callable[..., None], Any]] = []
+    for name in ("bf16",) if quick else DTYPES:
+        dtype = DTYPES[name]
+        found += [(merge, (dtype, dv)) for dv in ((128,) if quick else (128, 5))]
+        found += [(select, (dtype, 256))]  # the widest slices of the probe
+        for dim in (64, 128) if quick else (64, 96, 128, 256):
+            found.append((attention, (dtype, dim, 128)))  # 128 rows, or 64
+            found.append((attention, (dtype, dim, 1, 1)))  # decoding: 16 rows
+            if not quick:
+                found.append((attention, (dtype, dim, 16)))  # 64 rows
+    return found
+
+
+def planned(arch: str, quick: bool) -> dict[str, dict[str, tuple[int, int]]]:
+    """operator -> kernel -> threads and dynamic shared memory of its largest launch."""
+    from sparse_attn.nvrtc import launch
+
+    found: dict[str, dict[str, tuple[int, int]]] = {}
+
+    def record(op: str, name: str, plan: Any, *rest: Any) -> None:
+        threads = plan.block[0] * plan.block[1] * plan.block[2]
+        before = found.setdefault(op, {}).get(name, (0, 0))
+        found[op][name] = max(before, (threads, plan.shared_bytes))
+
+    run, limits = launch.run, launch.limits
+    launch.run, launch.limits = record, lambda device: launch.DeviceLimits(*LIMITS[arch])
+    try:
+        for function, args in cases(quick):
+            function(*args)
+    finally:
+        launch.run, launch.limits = run, limits
+    return found
+
+
+def compile_kernels(op: str, arch: str, kernels: dict[str, tuple[int, int]]) -> list[Row]:
+    """Registers, spills and static shared memory as ptxas reports them."""
+    source = import_module("sparse_attn.nvrtc.source")
+    names = sorted(kernels)
+    uses = "".join(f"auto* f{i} = &sparse_attn::{name};\n" for i, name in enumerate(names))
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / "kernels.cu").write_text(source.assembled(op) + uses)
+        done = subprocess.run(
+            ["nvcc", "-O3", "-std=c++20", "-ftz=true", f"-arch={arch}", "-cubin", "-w",
+             "--resource-usage", "kernels.cu", "-o", "kernels.cubin"],
+            cwd=folder, capture_output=True, text=True,
+        )  # fmt: skip
+    if done.returncode != 0:
+        raise RuntimeError(f"{op} for {arch}: {done.stderr[-3000:]}")
+    text = subprocess.run(
+        ["c++filt"], input=done.stdout + done.stderr, capture_output=True, text=True, check=True
+    ).stdout
+    rows = []
+    for part in text.split("Compiling entry function")[1:]:
+        (name,) = (n for n in names if f"sparse_attn::{n}(" in part.split("\n")[0])
+        stores, loads = re.search(
+            r"(\d+) bytes spill stores, (\d+) bytes spill loads", part
+        ).groups()
+        static = re.search(r"(\d+) bytes smem", part)
+        threads, dynamic = kernels[name]
+        rows.append(
+            Row(op, arch, name, threads, int(re.search(r"Used (\d+) registers", part)[1]),
+                int(stores) + int(loads), dynamic + int(static[1] if static else 0))
+        )  # fmt: skip
+    missing = set(names) - {row.kernel for row in rows}
+    if missing:
+        raise RuntimeError(f"{op} for {arch}: nvcc reports nothing of {sorted(missing)}")
+    return sorted(rows, key=lambda r: re.sub(r"\d+", lambda n: n[0].zfill(4), r.kernel))
+
+
+def table(quick: bool) -> list[Row]:
+    jobs = [
+        (op, arch, kernels)
+        for arch in (QUICK if quick else LIMITS)
+        for op, kernels in planned(arch, quick).items()
+    ]
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        return [row for rows in pool.map(lambda job: compile_kernels(*job), jobs) for row in rows]
+
+
+def main(arguments: list[str]) -> None:
+    if shutil.which("nvcc") is None:
+        raise SystemExit("no nvcc on PATH: install the CUDA toolkit")
+    quick = "--quick" in arguments
+    rows = table(quick)
+    if "--json" in arguments:
+        print(json.dumps([asdict(row) for row in rows]))
+        return
+    archs = QUICK if quick else tuple(LIMITS)
+    print("| kernel | threads | " + " | ".join(archs) + " |\n|---|---|" + "---|" * len(archs))
+    groups: dict[str, dict[str, Row]] = {}
+    for row in rows:
+        groups.setdefault(row.kernel, {})[row.arch] = row
+    for kernel, found in groups.items():
+        cells = [
+            f"{r.registers} / {r.spilled} / {r.shared / 1024:.0f} KiB" if r else "not used"
+            for r in (found.get(arch) for arch in archs)
+        ]
+        threads = next(iter(found.values())).threads
+        print(f"| `{kernel}` | {threads} | " + " | ".join(cells) + " |")

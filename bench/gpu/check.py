@@ -1,0 +1,124 @@
+"""Every operator on every GPU backend against the float64 reference, at small sizes.
+
+`python -m bench.gpu.check` runs it by itself, as compute-sanitizer does.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+
+from sparse_attn import BlockIndex
+from sparse_attn.ops.block_sparse_attention import op as attend
+from sparse_attn.ops.flex_prefill_select import op as select
+from sparse_attn.ops.merge_attention_states import op as merge
+
+from .context import Context
+
+# relative errors of a dense computation in the dtype are about a third of these
+TOLERANCE = {torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 1.2e-2}
+BF16, ALL = (torch.bfloat16,), tuple(TOLERANCE)
+# (B, Hq, Hkv, Hi, Tq, Tk, D, Dv, q_block, kv_block, causal, sink, window), dtypes
+SHAPES = [
+    ((1, 4, 2, 4, 300, 300, 128, 128, 128, 128, True, 0, 0), ALL),
+    ((2, 4, 2, 2, 200, 333, 64, 64, 64, 64, True, 7, 40), BF16),
+    ((1, 8, 2, 2, 1, 4000, 128, 128, 1, 16, True, 0, 0), ALL),
+    ((1, 4, 1, 1, 70, 300, 96, 40, 16, 3, False, 5, 0), BF16),
+    ((1, 2, 2, 1, 130, 257, 256, 256, 128, 32, True, 0, 0), BF16),
+]
+
+
+def run(context: Context) -> None:
+    for name, problem in problems(context):
+        if problem is None:
+            context.add(name, 1, "right")
+        else:
+            context.failed(name, problem)
+
+
+def problems(context: Context) -> Iterator[tuple[str, BaseException | str | None]]:
+    """(what was checked, what is wrong with it)."""
+    torch.manual_seed(0)
+    checks = [
+        (f"attention {shape} {dtype}".replace("torch.", ""), attend.name, attention, (shape, dtype))
+        for shape, dtypes in (SHAPES[3:4] if context.dry else SHAPES)
+        for dtype in dtypes
+    ]
+    checks += [("merge", merge.name, merged, ()), ("select", select.name, selected, ())]
+    for what, operator, function, args in checks:
+        for backend in context.backends(operator):
+            try:
+                problem = function(context, backend, *args)
+            except Exception as error:
+                problem = error
+            yield f"{what}, {backend}", problem
+
+
+def attention(context: Context, backend: str, shape: tuple, dtype: torch.dtype) -> str | None:
+    batch, heads, key_heads, list_heads, n_queries, n_keys, dim, value_dim, *rest = shape
+    q_block, kv_block, causal, sink, window = rest
+    query, key, value = (
+        torch.randn(batch, n, h, d, dtype=dtype, device=context.device).transpose(1, 2)
+        for n, h, d in ((n_queries, heads, dim), (n_keys, key_heads, dim),
+                        (n_keys, key_heads, value_dim))
+    )  # fmt: skip
+    mask = torch.rand(batch, list_heads, -(-n_queries // q_block), -(-n_keys // kv_block),
+                      device=context.device) < 0.4  # fmt: skip
+    options = (*BlockIndex.from_mask(mask, q_block, kv_block), causal, sink, window)
+    want, want_lse = attend(*(x.double() for x in (query, key, value)), *options,
+                            backend="reference")  # fmt: skip
+    out, lse = attend(query, key, value, *options, backend=backend)
+    again, _ = attend(query, key, value, *options, backend=backend)
+    if not torch.equal(out, again):
+        return "two runs differ"
+    seen = want_lse.isfinite()
+    if not torch.equal(lse.isfinite(), seen):
+        return "lse is infinite in the wrong rows"
+    return apart(out, want, TOLERANCE[dtype]) or apart(lse[seen], want_lse[seen], 1e-4)
+
+
+def apart(got: torch.Tensor, want: torch.Tensor, tolerance: float) -> str | None:
+    error = ((got.double() - want).norm() / want.norm()).item()
+    return None if error <= tolerance else f"relative error {error:.3g} > {tolerance}"
+
+
+def merged(context: Context, backend: str) -> str | None:
+    out, lse = (torch.randn(2, 2, 4, 300, d, device=context.device) for d in (128, 1))
+    lse = lse[..., 0].clone()
+    lse[0, 0, 0, :5] = -torch.inf
+    args = (out[0], lse[0], out[1], lse[1])
+    want = merge(*(x.double() for x in args), backend="reference")
+    got = merge(*args, backend=backend)
+    return apart(got[0], want[0], 1e-6) or apart(got[1], want[1], 1e-6)
+
+
+def selected(context: Context, backend: str) -> str | None:
+    """Sets may differ from the reference's where scores nearly tie: at most 1 % of the blocks."""
+    n = context.size(2000, 150)
+    for tau in context.size((0.0, 10.0), (10.0,)):
+        query = torch.randn(1, context.size(4, 2), n, 64, device=context.device)
+        key = torch.randn(1, context.size(2, 1), n, 64, device=context.device)
+        key[:, :, :: n // 7] *= 4
+        args = (query, key, 0.8, tau, 128, None, 64)
+        masks = []
+        for name in (backend, "reference"):
+            indices, counts, _ = select(*args, backend=name)
+            index = BlockIndex(indices, counts, 64, 64)
+            index.validate(n, n)
+            masks.append(index.to_mask(n))
+        differ = (masks[0] != masks[1]).float().mean().item()
+        if differ > 0.01:
+            return f"{differ:.2%} of the blocks differ at tau={tau}"
+    return None
+
+
+if __name__ == "__main__":
+    with tempfile.NamedTemporaryFile() as file:
+        found = list(problems(Context("check", Path(file.name), 600)))
+    wrong = [f"{name}: {problem}" for name, problem in found if problem is not None]
+    print(f"{len(found)} checked")
+    if wrong:
+        raise SystemExit("\n".join(wrong))

@@ -1,0 +1,145 @@
+"""The parts that run other programs: the machine, the build, the tests, first calls, sanitizers."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+from importlib.util import find_spec
+from pathlib import Path
+
+import torch
+
+from .context import Context
+from .timing import time_in_turn
+
+ROOT = Path(__file__).parents[2]
+
+
+def command(
+    context: Context, words: list[str], seconds: float, **env: str
+) -> tuple[int | None, str]:
+    """Runs a program with a time limit; its exit status (None: out of time) and what it printed."""
+    with tempfile.TemporaryFile("w+") as out:
+        process = subprocess.Popen(
+            words, cwd=ROOT, env=os.environ | env, stdout=out, stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )  # fmt: skip
+        try:
+            status: int | None = process.wait(max(1, min(seconds, context.left() - 3)))
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+            status = None
+        out.seek(0)
+        return status, out.read()
+
+
+def machine(context: Context) -> None:
+    """What the measurements are on, and the two ceilings: a copy and a matrix product."""
+    n = context.size(8192, 64)
+    a, b = (torch.randn(n, n, device=context.device, dtype=context.dtype) for _ in range(2))
+    source = torch.empty(context.size(1 << 31, 1 << 12), dtype=torch.int8, device=context.device)
+    target = torch.empty_like(source)
+    seconds = time_in_turn(
+        context, {"copy": lambda: target.copy_(source), "matmul": lambda: a @ b}, 1.0
+    )
+    context.add("copy", 2 * source.numel() / seconds["copy"] / 1e12, "TB/s")
+    context.add(f"matmul {n}", 2 * n**3 / seconds["matmul"] / 1e12, "TFLOP/s")
+
+
+def build(context: Context) -> None:
+    """The extension in place, with CUDA if there is a compiler for it."""
+    nvcc = shutil.which("nvcc") or next(Path("/usr/local").glob("cuda*/bin/nvcc"), None)
+    kinds = ("cuda", "auto") if nvcc else ("auto",)
+    if context.dry:
+        context.note("build", f"would build {' or '.join(kinds)}")
+        return
+    major, minor = torch.cuda.get_device_capability()
+    arch = f"{major}{minor}" + ("a" if major >= 9 else "")  # for this GPU alone: quicker
+    for kind in kinds:
+        status, text = command(
+            context, [sys.executable, "setup.py", "build_ext", "--inplace"], context.left() * 0.8,
+            SPARSE_ATTN_BUILD=kind, SPARSE_ATTN_CUDA_ARCHS=arch,
+        )  # fmt: skip
+        if status == 0:
+            context.note("build", f"built, SPARSE_ATTN_BUILD={kind}")
+            return
+        context.failed(f"build {kind}", "out of time" if status is None else text)
+
+
+def tests(context: Context) -> None:
+    """The operators' suites on the GPU, for every backend that runs there, and its own tests."""
+    words = [sys.executable, "-m", "pytest", "--no-header", "-rfE", "-p", "no:cacheprovider"]
+    if context.dry:
+        words += ["tests/ops/test_merge_attention_states.py", "-k", "triton and joins"]
+    else:
+        words += ["tests/test_gpu.py", "tests/test_warmup.py", "tests/test_compile.py", "tests/ops",
+                  "-k", "triton or cuda or gpu"]  # fmt: skip
+        if find_spec("xdist") is not None:
+            words += ["-n", "8"]  # most of the time goes into compiling
+    status, text = command(context, words, context.left())
+    lines = text.strip().split("\n")
+    for line in lines:
+        if line.startswith(("FAILED", "ERROR")):
+            context.failed("test", line)
+    found = dict(re.findall(r"(\d+) (passed|failed|skipped|error)", lines[-1]))
+    counts = {kind: int(number) for number, kind in found.items()}
+    if status is None:
+        context.failed("tests", f"out of time after {text.count('.')} passed")
+    elif not counts:
+        context.failed("tests", text)
+    else:
+        context.add("tests", counts.get("passed", 0), "passed", failed=counts.get("failed", 0),
+                    skipped=counts.get("skipped", 0))  # fmt: skip
+
+
+WARM = """
+import json, sparse_attn
+found = sparse_attn.warmup(32, 8, 128, backend={backend!r}, device={device!r})
+print(json.dumps([x.seconds for x in found]))
+"""
+
+
+def first_call(context: Context) -> None:
+    """What the first calls of a process cost: with nothing on disk, then with what was compiled."""
+    for backend in context.size(context.backends("flex_prefill_attention"), ["cpp"]):
+        with tempfile.TemporaryDirectory() as folder:
+            for state in ("nothing compiled", "compiled before"):
+                code = WARM.format(backend=backend, device=context.device)
+                status, text = command(
+                    context, [sys.executable, "-c", code], 60,
+                    TRITON_CACHE_DIR=folder, CUPY_CACHE_DIR=folder,
+                )  # fmt: skip
+                if status != 0:
+                    context.failed(f"first call, {backend}", text)
+                    break
+                seconds = json.loads(text.strip().split("\n")[-1])
+                context.add(f"first calls, {backend}, {state}", sum(seconds), "s")
+
+
+def sanitizer(context: Context) -> None:
+    """The small checks under compute-sanitizer: memory, then races in shared memory."""
+    tool = shutil.which("compute-sanitizer") or next(
+        map(str, Path("/usr/local").glob("cuda*/bin/compute-sanitizer")), None
+    )
+    if tool is None:
+        context.note("sanitizer", "skipped: no compute-sanitizer")
+        return
+    words = [sys.executable, "-m", "bench.gpu.check"]
+    for name in ("memcheck", "racecheck"):
+        run = [tool, "--tool", name, "--error-exitcode", "9", "--launch-timeout", "0", *words]
+        if context.dry:
+            context.note(name, "would run " + " ".join(run[1:]))
+            continue
+        # every allocation by itself, so that the end of a tensor is the end of what may be touched
+        status, text = command(context, run, 60, PYTORCH_NO_CUDA_MEMORY_CACHING="1")
+        if status == 0:
+            context.add(name, 0, "errors")
+        else:
+            context.failed(name, "out of time" if status is None else text)

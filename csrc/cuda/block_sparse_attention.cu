@@ -1,0 +1,71 @@
+// Binds block_sparse_attention to torch.
+#include <tuple>
+
+#include "../common/block_sparse_attention.h"
+#include "binding.h"
+#include "block_sparse_attention.cuh"
+#include "block_sparse_attention_plan.h"
+
+namespace sparse_attn {
+namespace {
+
+Tensor in_place_or_copied(Tensor t) {
+  t = last_dim_contiguous(t);
+  const int64_t stride[3] = {t.stride(0), t.stride(1), t.stride(2)};
+  if (attention_reads_in_place(t.const_data_ptr(), stride, t.size(0), t.size(1), t.size(2)))
+    return t;
+  return torch::stable::contiguous(torch::stable::clone(t));
+}
+
+template <class T>
+void run(const BlockSparseAttentionCudaParams& p, const BlockSparseAttentionPlan& plan,
+         cudaStream_t stream) {
+  with_attention_tile(plan, [&]<int kDim, int kRows>() {
+    launch(block_sparse_attention_kernel<T, kDim, kRows>, plan.launch, stream, p);
+  });
+}
+
+std::tuple<Tensor, Tensor> block_sparse_attention(Tensor query, Tensor key, Tensor value,
+                                                  Tensor indices, Tensor counts, int64_t q_block,
+                                                  int64_t kv_block, bool causal, int64_t sink,
+                                                  int64_t window, std::optional<double> scale) {
+  check_block_sparse_attention(query, key, value, indices, counts, q_block, kv_block, sink, window,
+                               scale);
+  for (const Tensor* t : {&query, &key, &value, &indices, &counts})
+    SA_CHECK(t->is_cuda(), "query, key, value, indices, counts: expected CUDA tensors");
+  for (const Tensor* t : {&query, &value})
+    SA_CHECK(t->size(3) % 8 == 0 && t->size(3) <= 256,
+             "query, value: head_dim ", t->size(3), ", expected a multiple of 8, at most 256");
+  SA_CHECK(std::max(query.size(2), key.size(2)) < int64_t{1} << 30, "query, key: too long");
+  const DeviceGuard guard(query.get_device_index());
+  query = in_place_or_copied(query), key = in_place_or_copied(key);
+  value = in_place_or_copied(value), indices = last_dim_contiguous(indices);
+  const int64_t B = query.size(0), Hq = query.size(1), Tq = query.size(2);
+  Tensor out = torch::stable::new_empty(query, {B, Hq, Tq, value.size(3)});
+  Tensor lse = torch::stable::new_empty(query, {B, Hq, Tq}, ScalarType::Float);
+  auto call = block_sparse_attention_inputs(query, key, value, indices, counts, scale);
+  set_results(call, out, lse);
+  call.q_block = q_block, call.kv_block = kv_block, call.causal = causal;
+  call.sink = sink, call.window = window;
+
+  const BlockSparseAttentionPlan plan = plan_block_sparse_attention(call, limits_of(query));
+  const cudaStream_t stream = current_stream(query);
+  Tensor workspace =
+      torch::stable::new_empty(query, {plan.workspace_bytes()}, ScalarType::Byte);
+  const auto p = plan.params(call, workspace.mutable_data_ptr());
+  if (plan.splits > 1) SA_CUDA_CHECK(cudaMemsetAsync(p.done, 0, plan.done_bytes, stream));
+  switch (call.dtype) {
+    case DType::f16: run<__half>(p, plan, stream); break;
+    case DType::bf16: run<__nv_bfloat16>(p, plan, stream); break;
+    case DType::f32: SA_CHECK(false, "query: expected float16 or bfloat16");
+  }
+  return {out, lse};
+}
+
+}  // namespace
+
+SA_LIBRARY_IMPL(CUDA, m) {
+  m.impl("block_sparse_attention.cuda", TORCH_BOX(&block_sparse_attention));
+}
+
+}  // namespace sparse_attn

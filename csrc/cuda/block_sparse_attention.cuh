@@ -1,0 +1,272 @@
+// Attention over listed blocks of keys, a sink and a window: one kernel for prefill and decode.
+//
+// A thread block owns a tile of rows: queries of one query block, and of all heads of a group that
+// read the same list, so that each key is loaded once for all of them. Its keys come tile by tile
+// (key_runs.cuh), and for each tile there are two steps:
+//   scores  = query key^T, and of them the weights (online_softmax.cuh)
+//   acc    += weights value
+// While one step computes, the keys and values of the next two are copied to shared memory.
+// Where tiles are few, several blocks share the keys of one, and the last of them to finish joins
+// what they found (join_parts.cuh).
+#pragma once
+#include "block_sparse_attention_finish.cuh"
+#include "key_runs.cuh"
+
+namespace sparse_attn {
+
+// In shared memory: what one thread has found for all, whose registers are for scores.
+template <class C>
+struct Work {
+  RowTile rows;
+  KeyQuestion keys;
+  KeyRuns<C::kKeys> runs;
+};
+
+__device__ __forceinline__ void ask_for_keys(KeyQuestion& q,
+                                             const BlockSparseAttentionCudaParams& p,
+                                             const RowTile& rows) {
+  const auto& c = p.call;
+  const int shift = static_cast<int>(c.Tk - c.Tq);
+  const int64_t list_head = rows.first_head / (static_cast<int>(c.Hq) / static_cast<int>(c.Hi));
+  const int32_t* count = c.counts + rows.batch * c.counts_stride[0] +
+                         list_head * c.counts_stride[1] + rows.query_block * c.counts_stride[2];
+  const int64_t most = min(c.K, (c.Tk + c.kv_block - 1) / c.kv_block);
+  q.first_position = shift + rows.first_query;
+  q.last_position = shift + rows.end_query - 1;
+  q.n_keys = static_cast<int>(c.Tk);
+  q.sink = static_cast<int>(min(c.sink, c.Tk));
+  q.window = static_cast<int>(min(c.window, c.Tk));
+  q.kv_block = static_cast<int>(c.kv_block);
+  q.causal = c.causal;
+  q.list = c.indices + rows.batch * c.indices_stride[0] + list_head * c.indices_stride[1] +
+           rows.query_block * c.indices_stride[2];
+  q.listed = min(max(*count, 0), static_cast<int>(most));
+}
+
+// Calls `f(i, row, chunk)` for the thread's share of the chunks of kRows rows, i = 0, 1, ...
+template <class C, int kRows, class F>
+__device__ __forceinline__ void each_chunk(F f) {
+  constexpr int kChunks = C::Tile::kChunks, kAtOnce = C::kThreads / kChunks;  // rows
+  const int chunk = threadIdx.x % kChunks, first_row = threadIdx.x / kChunks;
+  if (C::kThreads % kChunks != 0 && first_row >= kAtOnce) return;
+#pragma unroll
+  for (int i = 0; i * kAtOnce < kRows; ++i) {
+    const int row = first_row + i * kAtOnce;
+    if (kRows % kAtOnce != 0 && row >= kRows) break;
+    f(i, row, chunk);
+  }
+}
+
+// Zeros where there is no row, and beyond D. A negative scale changes the sign of the queries, so
+// that softmax deals with positive ones only. `offsets` [kRows] is scratch memory.
+template <class C>
+__device__ __forceinline__ void load_query(typename C::Tile to, int64_t* offsets,
+                                           const BlockSparseAttentionCudaParams& p,
+                                           const RowTile& rows) {
+  const auto& c = p.call;
+  for (int row = threadIdx.x; row < C::kRows; row += C::kThreads)
+    offsets[row] = rows.has(row) ? rows.batch * c.query_stride[0] +
+                                       rows.head_of(row) * c.query_stride[1] +
+                                       rows.query_of(row) * c.query_stride[2]
+                                 : -1;
+  __syncthreads();
+  const auto* query = static_cast<const typename C::T*>(c.query);
+  const uint32_t sign = c.scale < 0 ? 0x80008000u : 0;
+  each_chunk<C, C::kRows>([&](int, int row, int chunk) {
+    const int64_t offset = offsets[row];
+    uint4 x{};
+    if (offset >= 0 && chunk * 8 < c.D)
+      x = *reinterpret_cast<const uint4*>(query + offset + chunk * 8);
+    *reinterpret_cast<uint4*>(to.at(row, chunk)) = {x.x ^ sign, x.y ^ sign, x.z ^ sign, x.w ^ sign};
+  });
+}
+
+// Starts to copy the keys or values of `tokens`, rows of `dims` elements; zeros where there is no
+// key, and beyond `dims`.
+template <class C>
+__device__ __forceinline__ void copy_rows(typename C::Tile to, const typename C::T* from,
+                                          int32_t row_bytes, int dims, const int* tokens) {
+  const auto* bytes = reinterpret_cast<const unsigned char*>(from);
+  int token[C::kKeys];  // first all of them: reads of shared memory would wait for the copies
+  each_chunk<C, C::kKeys>([&](int i, int row, int) { token[i] = tokens[row]; });
+  each_chunk<C, C::kKeys>([&](int i, int row, int chunk) {
+    cp_async_16(to.at(row, chunk), bytes + int64_t{max(token[i], 0)} * row_bytes + chunk * 16,
+                token[i] >= 0 && chunk * 8 < dims);
+  });
+}
+
+// s = query key^T, of the warp's rows and keys.
+template <class C>
+__device__ __forceinline__ void multiply_query_key(typename C::Scores& s, typename C::Tile query,
+                                                   typename C::Tile key, int first_row,
+                                                   int first_key) {
+  const int lane = threadIdx.x % 32;
+  const auto q = query.lane(first_row + lane % 16, lane / 16);
+  const auto k = key.lane(first_key + lane / 16 * 8 + lane % 8, lane / 8 % 2);
+#pragma unroll
+  for (int m = 0; m < C::kRowTiles; ++m)
+#pragma unroll
+    for (int n = 0; n < C::kKeyTiles; ++n)
+#pragma unroll
+      for (int i = 0; i < 4; ++i) s[m][n][i] = 0;
+#pragma unroll
+  for (int d = 0; d < C::kDimTiles; d += 2) {
+    uint32_t a[C::kRowTiles][4];
+#pragma unroll
+    for (int m = 0; m < C::kRowTiles; ++m) ldmatrix_x4(a[m], q.at(16 * m, d));
+#pragma unroll
+    for (int n = 0; n < C::kKeyTiles; n += 2) {
+      uint32_t b[4];
+      ldmatrix_x4(b, k.at(8 * n, d));
+#pragma unroll
+      for (int m = 0; m < C::kRowTiles; ++m) {
+        mma_m16n8k16<typename C::T>(s[m][n], a[m], b[0], b[1]);
+        mma_m16n8k16<typename C::T>(s[m][n + 1], a[m], b[2], b[3]);
+      }
+    }
+  }
+}
+
+// acc += weights value, of the warp's rows and keys.
+template <class C>
+__device__ __forceinline__ void multiply_weights_value(typename C::Output& acc,
+                                                       const typename C::Weights& weights,
+                                                       typename C::Tile value, int first_key) {
+  const int lane = threadIdx.x % 32;
+  const auto v = value.lane(first_key + lane % 16, lane / 16);
+#pragma unroll
+  for (int k = 0; k < C::kKeyTiles / 2; ++k)
+#pragma unroll
+    for (int n = 0; n < C::kDimTiles; n += 2) {
+      uint32_t b[4];
+      ldmatrix_x4_transposed(b, v.at(16 * k, n));
+#pragma unroll
+      for (int m = 0; m < C::kRowTiles; ++m) {
+        mma_m16n8k16<typename C::T>(acc[m][n], weights[m][k], b[0], b[1]);
+        mma_m16n8k16<typename C::T>(acc[m][n + 1], weights[m][k], b[2], b[3]);
+      }
+    }
+}
+
+// -infinity where a row does not see a key of a masked tile.
+template <class C>
+__device__ __forceinline__ void mask_scores(typename C::Scores& s, const KeyQuestion& keys,
+                                            KeySource source, const RowTile& rows,
+                                            const int* tokens, int first_row, int first_key) {
+  const int lane = threadIdx.x % 32;
+  const int shift = keys.first_position - rows.first_query;
+#pragma unroll
+  for (int m = 0; m < C::kRowTiles; ++m)
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      const int row = first_row + 16 * m + 8 * h + lane / 4;
+      const auto visible = VisibleKeys::of(keys, source, shift + rows.query_of(row));
+#pragma unroll
+      for (int n = 0; n < C::kKeyTiles; ++n)
+#pragma unroll
+        for (int i = 0; i < 2; ++i)
+          if (!visible.sees(tokens[first_key + 8 * n + lane % 4 * 2 + i]))
+            s[m][n][2 * h + i] = -kInfinity;
+    }
+}
+
+template <class T, int kDim, int kRows>
+__global__ void __launch_bounds__(AttentionConfig<T, kDim, kRows>::kThreads)
+    block_sparse_attention_kernel(const __grid_constant__ BlockSparseAttentionCudaParams p) {
+  using C = AttentionConfig<T, kDim, kRows>;
+  SA_SHARED_MEMORY(memory);
+  const typename C::Tile query{memory};
+  unsigned char* const slots = memory + C::kQueryBytes;
+  int* const tokens = reinterpret_cast<int*>(slots + C::kStages * C::kSlotBytes);  // of two tiles
+  auto& work = *reinterpret_cast<Work<C>*>(tokens + 2 * C::kKeys);
+  static_assert(sizeof(Work<C>) <= AttentionTile::kWorkBytes);
+  const RowTile& rows = work.rows;
+  const KeyQuestion& keys = work.keys;
+  const auto& runs = work.runs;
+
+  if (threadIdx.x == 0) {
+    find_rows(work.rows, p);
+    ask_for_keys(work.keys, p, work.rows);
+  }
+  __syncthreads();
+  if (rows.first_query >= p.call.Tq) return;
+  work.runs.build(keys);
+  const int first_masked = runs.first_masked();
+  const int begin = static_cast<int>(int64_t{runs.n_tiles()} * rows.split / p.splits);
+  const int end = static_cast<int>(int64_t{runs.n_tiles()} * (rows.split + 1) / p.splits);
+
+  const auto& c = p.call;
+  const T* key = static_cast<const T*>(c.key) + rows.batch * c.key_stride[0] +
+                 rows.kv_head * c.key_stride[1];
+  const T* value = static_cast<const T*>(c.value) + rows.batch * c.value_stride[0] +
+                   rows.kv_head * c.value_stride[1];
+  const int thread = threadIdx.x;
+  const auto tokens_of = [&](int tile) { return tokens + (tile & 1) * C::kKeys; };
+  const auto find_token = [&](int tile) {
+    return thread < C::kKeys && tile < end ? runs.token(keys, tile, thread) : -1;
+  };
+  const auto keep_token = [&](int tile, int token) {
+    if (thread < C::kKeys) tokens_of(tile)[thread] = token;
+  };
+  // slots are filled in turn: keys of a tile, its values, keys of the next
+  int filled = 0, used = 0;
+  const auto next_slot = [&](int& slot) {
+    const typename C::Tile tile{slots + slot * C::kSlotBytes};
+    slot = slot == C::kStages - 1 ? 0 : slot + 1;
+    return tile;
+  };
+  const auto copy_keys = [&](int tile) {
+    if (tile < end)
+      copy_rows<C>(next_slot(filled), key, p.key_row_bytes, static_cast<int>(c.D), tokens_of(tile));
+    cp_async_commit();
+  };
+  const auto copy_values = [&](int tile) {
+    if (tile < end)
+      copy_rows<C>(next_slot(filled), value, p.value_row_bytes, static_cast<int>(c.Dv),
+                   tokens_of(tile));
+    cp_async_commit();
+  };
+  // the oldest copy has landed, for all threads, and all have left the step before
+  const auto wait_for_slot = [&] {
+    cp_async_wait<C::kStages - 2>();
+    __syncthreads();
+  };
+
+  keep_token(begin, find_token(begin));
+  keep_token(begin + 1, find_token(begin + 1));
+  __syncthreads();
+  copy_keys(begin);
+  copy_values(begin);
+  // the last slot is still free
+  load_query<C>(query, reinterpret_cast<int64_t*>(slots + 2 * C::kSlotBytes), p, rows);
+
+  const int warp = thread / 32;
+  const int first_row = C::kKeyWarps == 1 ? warp * C::kRowTiles * 16 : 0;
+  const int key_warp = C::kKeyWarps == 1 ? 0 : warp, first_key = key_warp * C::kKeyTiles * 8;
+  constexpr float kLog2E = 1.44269504088896341f;
+  OnlineSoftmax<C::kRowTiles> softmax(fmaxf(fabsf(c.scale), 1e-30f) * kLog2E);
+  typename C::Output acc = {};
+  for (int tile = begin; tile < end; ++tile) {
+    typename C::Weights weights;
+    {
+      wait_for_slot();
+      copy_keys(tile + 1);
+      typename C::Scores scores;
+      multiply_query_key<C>(scores, query, next_slot(used), first_row, first_key);
+      if (tile >= first_masked)
+        mask_scores<C>(scores, keys, runs.source(runs.run_of(tile)), rows, tokens_of(tile),
+                       first_row, first_key);
+      softmax.template add<T>(scores, acc, weights);
+    }
+    wait_for_slot();
+    copy_values(tile + 1);
+    // found here, kept after the products: nobody waits for the list
+    const int token = find_token(tile + 2);
+    multiply_weights_value<C>(acc, weights, next_slot(used), first_key);
+    keep_token(tile + 2, token);
+  }
+  softmax.finish();
+  finish_rows<C>(p, rows, memory, acc, softmax, first_row, key_warp);
+}
+
+}  // namespace sparse_attn

@@ -1,0 +1,147 @@
+"""What only a GPU can show: graphs, no waiting for the host. Skipped where there is none."""
+
+import pytest
+import torch
+
+import sparse_attn
+from sparse_attn.block_index import BlockIndex
+from sparse_attn.ops.block_sparse_attention import op as attend
+from sparse_attn.ops.flex_prefill_attention import op as flex_prefill
+from sparse_attn.ops.flex_prefill_select import op as select
+from sparse_attn.ops.merge_attention_states import op as merge
+from tests.cases import Shape, index, inputs
+
+pytestmark = pytest.mark.gpu
+
+BACKENDS = [pytest.param("triton", marks=pytest.mark.triton), "cuda"]
+
+
+def require(name, backend):
+    reason = sparse_attn.backends()[name][backend]
+    if reason is not None:
+        pytest.skip(f"{backend}: {reason}")
+
+
+def on_gpu(*tensors):
+    return [x.cuda() if isinstance(x, torch.Tensor) else x for x in tensors]
+
+
+def attention_call(q_block, n_queries, **options):
+    shape = Shape(B=2, Hq=8, Hkv=2, Hi=2, Tq=n_queries, Tk=2000, D=128, Dv=128, q_block=q_block)
+    return lambda: (attend, [*inputs(shape, torch.bfloat16), *index(shape)], options)
+
+
+def select_call():
+    shape = Shape(Hq=8, Hkv=2, Tq=2000, Tk=2000, D=128, Dv=128)
+    return select, list(inputs(shape, torch.bfloat16)[:2]), {"min_budget": 128}
+
+
+def whole_call():
+    shape = Shape(Hq=8, Hkv=2, Tq=2000, Tk=2000, D=128, Dv=128)
+    return flex_prefill, list(inputs(shape, torch.bfloat16)), {"min_budget": 128}
+
+
+def merge_call():
+    lse = torch.randn(2, 8, 100)
+    return merge, [torch.randn(2, 8, 100, 128), lse, torch.randn(2, 8, 100, 128), lse + 1], {}
+
+
+CALLS = {
+    "prefill": attention_call(64, 2000),
+    "prefill with sink and window": attention_call(64, 2000, sink=100, window=300),
+    "decode": attention_call(1, 1),
+    "select": select_call,
+    "flex_prefill_attention": whole_call,
+    "merge": merge_call,
+}
+
+
+@pytest.fixture(params=CALLS)
+def prepared(request):
+    """(operator, tensors on the GPU, options) for a backend that can be there."""
+
+    def prepare(backend):
+        op, args, options = CALLS[request.param]()
+        require(op.name, backend)
+        args = on_gpu(*args)
+        op(*args, **options, backend=backend)  # compiles
+        torch.cuda.synchronize()
+        return op, args, options
+
+    return prepare
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_nothing_waits_for_the_gpu(prepared, backend):
+    op, args, options = prepared(backend)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        op(*args, **options, backend=backend)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_capture_and_replay(prepared, backend):
+    """A graph replayed on other inputs computes what a call would, bit for bit."""
+    op, args, options = prepared(backend)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = op(*args, **options, backend=backend)
+    args[0].copy_(torch.randn_like(args[0]) * 2)
+    for x in captured:
+        x.fill_(-1)
+    graph.replay()
+    expected = op(*args, **options, backend=backend)
+    for got, want in zip(captured, expected, strict=True):
+        if op is select and got.dim() == 4:  # entries past the counts are never read
+            listed = torch.arange(got.shape[-1], device="cuda") < expected[1][..., None]
+            got, want = got * listed, want * listed
+        assert torch.equal(got, want)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_another_stream_and_the_same_bits(prepared, backend):
+    op, args, options = prepared(backend)
+    one = op(*args, **options, backend=backend)
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        two = op(*args, **options, backend=backend)
+    torch.cuda.current_stream().wait_stream(stream)
+    assert all(torch.equal(a, b) for a, b in zip(one[1:], two[1:], strict=True))
+    if op is not select:
+        assert torch.equal(one[0], two[0])
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_offsets_beyond_two_billion_elements(backend):
+    """The last head of a tensor whose elements cannot be counted in 32 bits."""
+    require("block_sparse_attention", backend)
+    if torch.cuda.mem_get_info()[0] < 14 << 30:
+        pytest.skip("needs 14 GiB of free memory")
+    heads, length = 33, 2**19
+    key = torch.empty(1, heads, length, 128, dtype=torch.float16, device="cuda")
+    assert key.numel() > 2**31
+    key[:, -1] = torch.randn(length, 128, dtype=torch.float16, device="cuda")
+    query = torch.randn(1, heads, 16, 128, dtype=torch.float16, device="cuda")
+    blocks = torch.tensor([0, 5000, length // 64 - 1], dtype=torch.int32, device="cuda")
+    listed = BlockIndex(blocks.view(1, 1, 1, 3), blocks.new_full((1, 1, 1), 3), 16, 64)
+    out, _ = attend(query, key, key, *listed, False, backend=backend)
+    tokens = (blocks[:, None] * 64 + torch.arange(64, device="cuda")).flatten()
+    keys = key[0, -1, tokens].double()
+    weights = (query[0, -1].double() @ keys.T / 128**0.5).softmax(-1)
+    torch.testing.assert_close(out[0, -1].double(), weights @ keys, rtol=2e-3, atol=2e-3)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_model_compiled_by_inductor(backend):
+    require("flex_prefill_select", backend)
+    query, key, value = on_gpu(*inputs(Shape(Hq=8, Hkv=2, Tq=4096, Tk=4096), torch.bfloat16))
+
+    def model(query, key, value):
+        out = sparse_attn.attention(query * 2, key, value, backend=backend, fallback=False)
+        return out.relu()
+
+    got = torch.compile(model, fullgraph=True)(query, key, value)
+    torch.testing.assert_close(got, model(query, key, value))

@@ -1,0 +1,169 @@
+"""What CuPy would compile and launch is what the extension compiles and launches."""
+
+import ctypes
+import re
+from importlib import import_module
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from sparse_attn.nvrtc import launch, source
+from sparse_attn.registry import OPS
+from tests import simt
+from tests.cases import FLOOR, Shape, assert_as_accurate, index, inputs
+from tests.simt.operators import arguments
+from tests.test_registry import python
+
+HALF = (torch.float16, torch.bfloat16)
+CUDA_OPS = [n for n, op in OPS.items() if any(i.backend == "cuda" for i in op.impls)]
+
+
+def models_layout(dtype, batch, heads, tokens, dim):
+    """Heads between tokens, as models have them."""
+    return torch.empty(batch, tokens, heads, dim, dtype=dtype).transpose(1, 2)
+
+
+def merge_arguments(draw):
+    shape = [draw(st.integers(1, high)) for high in (2, 3, 9)]
+    dv, offset = draw(st.integers(1, 300)), draw(st.sampled_from((0, 3, 8)))
+    dtype = draw(st.sampled_from(HALF))
+    outs = [torch.empty(*shape, 2 * dv + 8, dtype=dtype)[..., offset : offset + dv] for _ in "ab"]
+    if draw(st.booleans()):
+        outs[0] = models_layout(dtype, *shape, dv)
+    lses = [torch.empty(*shape[::-1]).permute(2, 1, 0) for _ in "ab"]
+    return outs[0], lses[0], outs[1], lses[1]
+
+
+def query_key_value(draw):
+    batch, hkv, group = draw(st.integers(1, 2)), draw(st.integers(1, 2)), draw(st.integers(1, 9))
+    tq, tk = draw(st.integers(1, 700)), draw(st.integers(1, 60000))
+    dtype, dims = draw(st.sampled_from(HALF)), [8 * draw(st.integers(1, 32)) for _ in "kv"]
+    return (
+        models_layout(dtype, batch, hkv * group, tq, dims[0]),
+        models_layout(dtype, batch, hkv, tk, dims[0]),
+        models_layout(dtype, batch, hkv, tk, dims[1]),
+    )
+
+
+def attention_arguments(draw):
+    query, key, value = query_key_value(draw)
+    q_block, kv_block = draw(st.integers(1, 128)), draw(st.integers(1, 128))
+    heads = draw(st.sampled_from((1, key.shape[1], query.shape[1])))
+    rows, most = -(-query.shape[2] // q_block), draw(st.integers(1, 500))
+    indices = torch.zeros(query.shape[0], heads, rows, most, dtype=torch.int32)
+    edges = [draw(st.sampled_from((0, 1, 100, 10**6))) for _ in range(2)]
+    scale = draw(st.sampled_from((None, 0.3)))
+    counts = torch.zeros(indices.shape[:3], dtype=torch.int32)
+    return query, key, value, indices, counts, q_block, kv_block, draw(st.booleans()), *edges, scale
+
+
+def select_arguments(draw):
+    query, key, _ = query_key_value(draw)
+    gamma, tau = draw(st.sampled_from((0.3, 0.95, 1.0, 2.0))), draw(st.sampled_from((0.0, 0.1)))
+    low, high = draw(st.integers(0, 10**4)), draw(st.sampled_from((None, 1, 5000)))
+    block, scale = draw(st.integers(1, 128)), draw(st.sampled_from((None, 0.3)))
+    return query, key, gamma, tau, low, high, block, "exact", True, scale
+
+
+ARGUMENTS = {
+    "block_sparse_attention": attention_arguments,
+    "flex_prefill_select": select_arguments,
+    "merge_attention_states": merge_arguments,
+}
+
+
+def module_of(op):
+    return import_module(f"sparse_attn.nvrtc.{op}")
+
+
+def flat(x):
+    """The numbers of a plan, in the order of its fields."""
+    return [n for part in x for n in flat(part)] if isinstance(x, tuple) else [int(x)]
+
+
+@pytest.mark.skipif(simt.why_not() is not None, reason=str(simt.why_not()))
+@pytest.mark.parametrize("op", ARGUMENTS)
+@settings(max_examples=80)
+@given(st.data())
+def test_parameters_and_plan_are_those_of_the_extension(op, data):
+    module = module_of(op)
+    args = ARGUMENTS[op](data.draw)
+    inputs, outputs, numbers = arguments(OPS[op], *args)
+    there = {"scratch": torch.empty(1, dtype=torch.uint8)}
+    params = module.params(*OPS[op].bind(*args), *outputs.values())
+    limits = launch.DeviceLimits(data.draw(st.sampled_from((4, 132, 2000))), 163 * 1024)
+    plan = module.plan(params, limits)
+    if hasattr(module, "place"):
+        module.place(params, plan, there["scratch"].data_ptr())
+    there["params"] = torch.empty(ctypes.sizeof(params), dtype=torch.uint8)
+    there["plan"] = torch.empty(len(flat(plan)), dtype=torch.int64)
+    simt.run(f"{op}_plan", inputs, outputs | there, numbers | {"processors": limits.processors})
+    assert bytes(there["params"].tolist()) == bytes(params)
+    assert there["plan"].tolist() == flat(plan)
+
+
+def test_every_operator_is_compared():
+    assert set(ARGUMENTS) == {n for n in CUDA_OPS if (simt.HERE / "ops" / f"{n}.cpp").exists()}
+
+
+@pytest.mark.parametrize("op", ARGUMENTS)
+def test_the_assembled_source_is_one_text(op):
+    """NVRTC finds no header of ours; what is cached is known by this text alone."""
+    text = source.assembled(op)
+    included = set(re.findall(r'#include "?<?([^">]*)', text))
+    assert {n for n in included if not n.startswith("simt/")} <= {
+        "cuda_bf16.h", "cuda_fp16.h", "cstdint",
+    }  # fmt: skip
+    headers = [source.csrc() / "common/params.h", *(source.csrc() / "cuda").glob(f"{op}*.cuh")]
+    for header in headers:
+        last = [x for x in header.read_text().split("\n") if x and not x.startswith("#include")]
+        assert all(line in text for line in last[-5:]), header
+
+
+def test_the_remedies_are_named():
+    python(
+        """
+        import sys
+        sys.modules["sparse_attn._C_cuda"] = sys.modules["cupy"] = None
+        import sparse_attn
+        table = sparse_attn.backends()
+        for op in ("block_sparse_attention", "flex_prefill_select", "merge_attention_states"):
+            reason = table[op]["cuda"]
+            assert "CUDA extension not built" in reason, reason
+            assert "pip install cupy-cuda" in reason, reason
+        assert "CUDA extension not built" in sparse_attn.info()
+        """
+    )
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("dtype", HALF, ids=str)
+def test_through_cupy(dtype):
+    """On a stream of our own; the extension, where there is one, runs the same kernels."""
+    pytest.importorskip("cupy")
+    shape = Shape(Tq=600, Tk=600, Hq=4, Hkv=2, D=64, Dv=64, Hi=4)
+    query, key, value = (x.cuda() for x in inputs(shape, dtype))
+    listed = [x.cuda() if isinstance(x, torch.Tensor) else x for x in index(shape)]
+    attend = (query, key, value, *listed, True, 10, 20)
+    states = OPS["block_sparse_attention"](*attend)
+    calls = {
+        "flex_prefill_select": (query, key, 0.9, 0.1, 64, None, 64),
+        "block_sparse_attention": attend,
+        "merge_attention_states": (*states, *states),
+    }
+    torch.cuda.synchronize()  # the inputs are there, whatever the stream
+    for name, args in calls.items():
+        with torch.cuda.stream(torch.cuda.Stream()):
+            got = getattr(module_of(name), name)(*args)
+        torch.cuda.synchronize()
+        dense = OPS[name](*args, backend="reference")
+        if name == "flex_prefill_select":  # its test compares what is selected
+            assert (got[1] - dense[1]).abs().max() <= 1
+            continue
+        double = [x.double() if torch.is_tensor(x) and x.is_floating_point() else x for x in args]
+        exact = OPS[name](*double, backend="reference")
+        assert_as_accurate(got[0], exact[0], dense[0], FLOOR[dtype])
+        torch.testing.assert_close(got[1].double(), exact[1], rtol=1e-3, atol=1e-3)

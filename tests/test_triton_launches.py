@@ -1,0 +1,133 @@
+"""What the Triton operators would launch on a GPU, seen through fake tensors: no GPU needed.
+
+Fake tensors raise where the host reads a value, so these tests show that nothing is read too.
+"""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from bench import aot
+from sparse_attn.ops.block_sparse_attention import op
+from tests.cases import TRITON, Shape, call, index, inputs
+
+pytestmark = pytest.mark.triton
+
+SELECT = [
+    "probe_extent_kernel", "probe_join_kernel", "probe_profile_kernel", "probe_profile_kernel",
+    "mean_key_kernel", "block_sums_kernel", "choose_kernel", "pooled_scores_kernel", "list_kernel",
+]  # fmt: skip
+
+
+class Largest(TorchDispatchMode):
+    """The most elements that any tensor made inside has."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        if isinstance(out, torch.Tensor):
+            self.elements = max(self.elements, out.numel())
+        return out
+
+
+def names(function, *args):
+    return [kernel.__name__ for kernel, *_ in aot.launches("sm_90", function, *args)]
+
+
+@pytest.mark.parametrize("block", [16, 64, 128])
+def test_select_is_nine_launches_and_small(block):
+    def select():
+        with Largest() as mode:
+            aot.flex_prefill("bf16", 128, block)
+        largest.append(mode.elements)
+
+    largest = []
+    assert names(select) == SELECT
+    # query, key and the result are the largest; never heads x queries x keys
+    length, heads = 131072, 8
+    assert largest[0] <= max(heads * length * 128, heads * (length // block) ** 2)
+
+
+def test_prefill_is_one_launch_and_decode_two():
+    assert names(aot.attention, "bf16", 128, 4096) == ["block_sparse_attention_kernel"]
+    decode = aot.launches("sm_90", aot.attention, "bf16", 128, 1, 1, 16)
+    assert [kernel.__name__ for kernel, *_ in decode] == [
+        "block_sparse_attention_kernel", "join_splits_kernel"
+    ]  # fmt: skip
+    # eight query heads of two KV heads: a tile of queries per group, split over the keys
+    assert decode[0][3]["HEADS"] == 4 and decode[0][1] == 2 * 32
+
+
+@pytest.mark.parametrize("kv_block", range(1, 9))
+def test_gathered_tokens_fill_tiles(kv_block):
+    """The tile is as full of small blocks as of large ones, for prefill and decode."""
+    for n_queries, q_block in ((4096, 128), (1, 1)):
+        (_, _, _, small), *_ = aot.launches(
+            "sm_90", aot.attention, "bf16", 128, n_queries, q_block, kv_block
+        )
+        (_, _, _, large), *_ = aot.launches(
+            "sm_90", aot.attention, "bf16", 128, n_queries, q_block, 32
+        )
+        assert small["BLOCK_N"] == large["BLOCK_N"] >= 64
+        assert small["GATHER"] == (small["BLOCK_N"] % kv_block != 0 or kv_block < 64)
+
+
+LENGTHS = """
+import json, sys, torch
+from bench import aot
+from sparse_attn.triton_kernels import configs
+from sparse_attn.triton_kernels.block_sparse_attention import block_sparse_attention as attend
+from sparse_attn.triton_kernels.flex_prefill_select import flex_prefill_select as select
+from sparse_attn.triton_kernels.merge_attention_states import merge_attention_states as merge
+
+def calls(batch, n_queries, n_keys, transposed):
+    new = lambda h, n: (torch.empty(batch, n, h, 128, device="cuda", dtype=torch.float16)
+                        .transpose(1, 2) if transposed else
+                        torch.empty(batch, h, n, 128, device="cuda", dtype=torch.float16))
+    query, key, value = new(8, n_queries), new(2, n_keys), new(2, n_keys)
+    indices, counts, _ = select(query, key)
+    indices = indices.new_empty(batch, 8, -(-n_queries // 128), -(-n_keys // 128))
+    counts = indices.new_empty(indices.shape[:3])
+    out, lse = attend(query, key, value, indices, counts, 128, 128)
+    merge(out, lse, out, lse)
+
+found = {}
+for length in (8192, 8193, 16400, 32640):
+    for batch in (1, 3):
+        for n_queries in (length, 777):
+            for transposed in (True, False):
+                args = (batch, n_queries, length, transposed)
+                for kernel, _, args, options in aot.launches("sm_90", calls, *args):
+                    seen = found.setdefault(kernel.__name__, set())
+                    seen.add(repr((aot.specialise(kernel, args, options), sorted(options.items()))))
+print(json.dumps({k: len(v) for k, v in found.items()}))
+"""
+
+
+def test_lengths_and_batches_alone_compile_nothing_anew():
+    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    text = subprocess.run(
+        [sys.executable, "-c", LENGTHS], env=env, check=True, capture_output=True, text=True
+    ).stdout
+    most = {
+        "probe_profile_kernel": 2,  # two passes
+        "block_sparse_attention_kernel": 2,  # split over the keys or not
+        "choose_kernel": 2,  # chunks of 128 and of 1024 blocks
+        "list_kernel": 2,
+    }
+    found = json.loads(text)
+    assert set(found) >= {*SELECT, "block_sparse_attention_kernel", "merge_attention_states_kernel"}
+    assert not {k: n for k, n in found.items() if n > most.get(k, 1)}
+
+
+def test_split_decode_gives_the_same_bits_each_time():
+    shape = Shape(Tq=1, Tk=3000, Hq=4, Hkv=2, Hi=2, q_block=1, kv_block=16, share=0.5)
+    args = (*inputs(shape, torch.float16), *index(shape))
+    one, two = (call(op, TRITON, *args) for _ in range(2))
+    assert torch.equal(one[0], two[0]) and torch.equal(one[1], two[1])
