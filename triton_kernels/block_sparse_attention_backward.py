@@ -18,7 +18,8 @@ from . import configs, launch
 from .block_sparse_attention import _listed_below, _load_rows, _tokens
 
 
-@triton.jit(do_not_specialize=["H", "T", "rows"])
+# lengths vary from call to call, and the strides of lse and lists with them
+@triton.jit(do_not_specialize=["H", "T", "rows", "l_b", "l_h", "l_t", "e_b", "e_h", "e_t"])
 def attention_delta_kernel(
     out, grad_out, lse, grad_lse, reference, delta, H, T, rows,
     o_b, o_h, o_t, g_b, g_h, g_t, l_b, l_h, l_t, e_b, e_h, e_t,
@@ -61,7 +62,10 @@ def _query_step(b_dq, b_q, b_do, b_ref, b_delta, key, value, o_n, m_n, mask, k_t
 
 
 @triton.jit(
-    do_not_specialize=["Tq", "Tk", "Hkv", "Mq", "n_blocks", "capacity", "sink", "window"]
+    do_not_specialize=[
+        "Tq", "Tk", "Hkv", "Mq", "n_blocks", "capacity", "sink", "window",
+        "i_b", "i_h", "i_m", "c_b", "c_h", "c_m",
+    ]
 )  # fmt: skip
 def query_gradient_kernel(
     query, key, value, grad_out, reference, delta, indices, counts, grad_query,
