@@ -34,9 +34,9 @@ inline void dot_some(const float* rows, int64_t stride, int64_t depth, const flo
     for (int v = 0; v < 2; ++v) c[r][v].store(out + r * kLanes + v * kWidth);
 }
 
-// out [n][kLanes] = rows [n][depth] * columns [depth][kLanes]
-inline void dot_rows(const float* rows, int64_t stride, int n, int64_t depth, const float* columns,
-                     float* out) {
+// Inlined, so that a constant n is one inside. out [n][kLanes] = rows [n][depth] * columns [depth][kLanes]
+[[gnu::always_inline]] inline void dot_rows(const float* rows, int64_t stride, int n, int64_t depth,
+                                            const float* columns, float* out) {
   int r = 0;
   for (; r + kRegisterRows <= n; r += kRegisterRows)
     dot_some<kRegisterRows>(rows + r * stride, stride, depth, columns, out + r * kLanes);
@@ -59,8 +59,8 @@ inline void add_some(const float* rows, int64_t stride, int n, const float* weig
 }
 
 // sums [depth][kLanes] += rows [n][depth]^T * weights [n][kLanes]
-inline void add_rows(const float* rows, int64_t stride, int n, int64_t depth, const float* weights,
-                     float* sums) {
+[[gnu::always_inline]] inline void add_rows(const float* rows, int64_t stride, int n, int64_t depth,
+                                            const float* weights, float* sums) {
   int64_t d = 0;
   for (; d + kRegisterRows <= depth; d += kRegisterRows)
     add_some<kRegisterRows>(rows + d, stride, n, weights, sums + d * kLanes);
