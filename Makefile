@@ -32,7 +32,7 @@ $(VENV)/.triton: $(VENV)/.torch
 	@touch $@
 
 test: $(VENV)/.installed $(VENV)/.triton
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --dist worksteal
 
 # the operators' tests on a copy whose extension checks every access to memory; libstdc++ is loaded
 # first as well because AddressSanitizer must find its exceptions

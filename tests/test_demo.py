@@ -79,6 +79,9 @@ class SinkAndWindow:
     def why_not(self, query, key, causal):
         return None
 
+    def selector(self, query, key, causal, scale):
+        return None
+
     def select(self, query, key, *, causal=True, scale=None, backend=None):
         return Selection(Dense().select(query, key).index, sink=16, window=64)
 
