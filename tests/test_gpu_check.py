@@ -70,6 +70,28 @@ def test_bad_parts_are_survived():
     assert time.monotonic() - start < 20
 
 
+BUILD_FIRST = """
+import sys
+from bench import gpu_check
+
+def part(target, args, seconds):
+    print("part", args[0], "sparse_attn" in sys.modules)
+    return "done"
+
+gpu_check.in_a_process = part
+print("part", gpu_check.run_all(["machine", "build"], True)["cuda_kernels"])
+"""
+
+
+def test_what_was_built_is_imported_after_it():
+    found = subprocess.run(
+        [sys.executable, "-c", BUILD_FIRST], cwd=ROOT, check=True, capture_output=True, text=True
+    ).stdout
+    *parts, kernels = [line for line in found.splitlines() if line.startswith("part")]
+    assert parts == ["part build False", "part machine True"]
+    assert kernels.startswith(("part extension", "part NVRTC", "part none: CUDA extension"))
+
+
 def test_what_fails_is_reported_and_left_out(tmp_path):
     query, key, value = inputs(Shape(Tq=100, Tk=100))
     context = Context("x", tmp_path / "rows", 60, dry=True)
@@ -110,10 +132,12 @@ def test_the_page_is_made_from_the_results(tmp_path):
     result = {
         "device": {"gpu": "GPU X", "arch": "sm_90", "driver": "1.2", "torch": "2.11",
                    "triton": "3.6", "cuda": "13.0", "date": "2026-01-02"},
+        "cuda_kernels": "NVRTC",
         "parts": {"dense": {"status": "done", "seconds": 3.0}},
         "rows": [{"part": "dense", "what": "own", "value": 0.5, "unit": "x", "goal": ">= 0.9"},
                  {"part": "dense", "what": "flex", "note": "FAILED: no"}],
     }  # fmt: skip
     text = page.measured(result)
-    assert "GPU X" in text and "2026-01-02" in text and "| own | 0.5 x | >= 0.9 | NO |" in text
+    assert "GPU X" in text and "2026-01-02" in text and "CUDA kernels: NVRTC." in text
+    assert "| own | 0.5 x | >= 0.9 | NO |" in text
     assert "FAILED: no" in text

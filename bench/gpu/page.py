@@ -75,7 +75,8 @@ def measured(found: dict[str, Any]) -> str:
         raise SystemExit("gpu_check.json holds no GPU's numbers, it is of a dry run")
     lines = [
         f"{device['date']}, {device['gpu']} ({device['arch']}), driver {device['driver']}, "
-        f"torch {device['torch']}, CUDA {device['cuda']}, Triton {device['triton']}.",
+        f"torch {device['torch']}, CUDA {device['cuda']}, Triton {device['triton']}. "
+        f"CUDA kernels: {found['cuda_kernels']}.",
         "", "| what | value | goal | met |", "|---|---|---|---|",
     ]  # fmt: skip
     notes = []
