@@ -6,13 +6,14 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
 import torch
 
 from bench import gpu_check
-from bench.gpu import page
+from bench.gpu import machine, page
 from bench.gpu.baselines import checked
 from bench.gpu.cases import random_index, rows_error
 from bench.gpu.context import Context
@@ -106,6 +107,21 @@ def test_what_fails_is_reported_and_left_out(tmp_path):
     assert [n["what"] for n in notes] == ["broken", "wrong"]
     assert notes[0]["note"] == "FAILED: RuntimeError: no kernel image"
     assert "relative error 0.1" in notes[1]["note"]
+
+
+@pytest.mark.parametrize("status, last", [
+    (1, "3 failed, 3 passed, 3 skipped, 3 errors in 2s"), (2, "no such option"),
+    (None, ".."), (0, "5 passed in 1s"),
+])  # fmt: skip
+def test_failing_suites_fail_the_part(tmp_path, monkeypatch, status, last):
+    monkeypatch.setattr(machine, "command", lambda *args: (status, f"...\n{last}\n"))
+    context = Context("tests", tmp_path / "rows", 60, dry=True)
+    context.file.touch()
+    with pytest.raises(RuntimeError) if status != 0 else nullcontext():
+        machine.tests(context)
+    rows = [json.loads(line) for line in context.file.read_text().splitlines()]
+    counts = [(r["value"], r["failed"], r["error"], r["skipped"]) for r in rows]
+    assert counts == {1: [(3, 3, 3, 3)], 0: [(5, 0, 0, 0)]}.get(status, [])
 
 
 def test_the_sampled_check_sees_a_wrong_block():

@@ -88,15 +88,15 @@ def tests(context: Context) -> None:
     for line in lines:
         if line.startswith(("FAILED", "ERROR")):
             context.failed("test", line)
-    found = dict(re.findall(r"(\d+) (passed|failed|skipped|error)", lines[-1]))
-    counts = {kind: int(number) for number, kind in found.items()}
+    found = re.findall(r"(\d+) (passed|failed|skipped|error)", lines[-1])
+    counts = {kind: int(number) for number, kind in found}
+    if counts and status is not None:
+        others = {kind: counts.get(kind, 0) for kind in ("failed", "error", "skipped")}
+        context.add("tests", counts.get("passed", 0), "passed", **others)
     if status is None:
-        context.failed("tests", f"out of time after {text.count('.')} passed")
-    elif not counts:
-        context.failed("tests", text)
-    else:
-        context.add("tests", counts.get("passed", 0), "passed", failed=counts.get("failed", 0),
-                    skipped=counts.get("skipped", 0))  # fmt: skip
+        raise RuntimeError(f"out of time after {text.count('.')} passed")
+    if status != 0:
+        raise RuntimeError(lines[-1] if counts else text)
 
 
 WARM = """
