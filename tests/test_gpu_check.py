@@ -43,7 +43,7 @@ def test_every_part_runs_dry(tmp_path):
     ), found.stdout
     assert not [row for row in result["rows"] if "FAILED" in row.get("note", "")]
     measured = {row["part"] for row in result["rows"] if row.get("value", 0) > 0}
-    assert measured == parts - {"build", "sanitizer"}
+    assert measured == parts - {"build", "memcheck", "racecheck"}
     for row in result["rows"]:
         assert row["what"] in found.stdout
         assert gpu_check.met(row) in ("", "yes", "NO")
@@ -122,6 +122,28 @@ def test_failing_suites_fail_the_part(tmp_path, monkeypatch, status, last):
     rows = [json.loads(line) for line in context.file.read_text().splitlines()]
     counts = [(r["value"], r["failed"], r["error"], r["skipped"]) for r in rows]
     assert counts == {1: [(3, 3, 3, 3)], 0: [(5, 0, 0, 0)]}.get(status, [])
+
+
+def test_missing_packages_are_named(tmp_path, monkeypatch):
+    monkeypatch.setattr(machine, "find_spec", lambda name: None if name == "hypothesis" else name)
+    context = Context("tests", tmp_path / "rows", 60, dry=True)
+    machine.tests(context)
+    assert json.loads(context.file.read_text())["note"] == "skipped: no hypothesis"
+
+
+def test_no_part_takes_the_time_of_another():
+    assert sum(seconds for _, seconds in gpu_check.PARTS.values()) <= gpu_check.TOTAL < 480
+    assert list(gpu_check.PARTS)[:4] == ["build", "machine", "check", "tests"]
+
+
+def test_the_sanitizer_watches_every_own_kernel(tmp_path, monkeypatch):
+    monkeypatch.setattr(machine.shutil, "which", lambda name: f"/bin/{name}")
+    context = Context("racecheck", tmp_path / "rows", 60, dry=True)
+    machine.racecheck(context)
+    words = json.loads(context.file.read_text())["note"]
+    assert "--tool racecheck" in words and words.endswith(" -m bench.gpu.check")
+    for name in ("merge_attention_states", "key_gradient", "block_mean", "probe_join", "list"):
+        assert f"--kernel-name kernel_substring={name}_kernel " in words
 
 
 def test_the_sampled_check_sees_a_wrong_block():
