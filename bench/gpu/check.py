@@ -15,6 +15,7 @@ import torch
 
 from sparse_attn import BlockIndex
 from sparse_attn.ops.block_sparse_attention import op as attend
+from sparse_attn.ops.block_sparse_attention_backward import op as gradient
 from sparse_attn.ops.flex_prefill_select import op as select
 from sparse_attn.ops.merge_attention_states import op as merge
 from sparse_attn.registry import Op
@@ -45,11 +46,15 @@ def run(context: Context) -> None:
 def problems(context: Context) -> Iterator[tuple[str, BaseException | str | None]]:
     """(what was checked, what is wrong with it)."""
     torch.manual_seed(0)
+    some = SHAPES[3:4] if context.dry else SHAPES
     checks = [
-        (f"attention {shape} {dtype}".replace("torch.", ""), attend.name, attention, (shape, dtype))
-        for shape, dtypes in (SHAPES[3:4] if context.dry else SHAPES)
+        (f"{what} {shape} {dtype}".replace("torch.", ""), operator.name, function, (shape, dtype))
+        for what, operator, function, shapes in (
+            ("attention", attend, attention, some), ("backward", gradient, backward, some[:2]),
+        )
+        for shape, dtypes in shapes
         for dtype in dtypes
-    ]
+    ]  # fmt: skip
     checks += [("merge", merge.name, merged, ()), ("select", select.name, selected, ())]
     for what, operator, function, args in checks:
         for backend in context.backends(operator):
@@ -72,7 +77,8 @@ def call(context: Context, op: Op, backend: str, args: tuple[Any, ...]) -> list[
     return [x.cpu() for x in op(*moved, backend=backend)]
 
 
-def attention(context: Context, backend: str, shape: tuple, dtype: torch.dtype) -> str | None:
+def inputs(shape: tuple, dtype: torch.dtype) -> tuple[Any, ...]:
+    """The arguments of block_sparse_attention."""
     batch, heads, key_heads, list_heads, n_queries, n_keys, dim, value_dim, *rest = shape
     q_block, kv_block, causal, sink, window = rest
     query, key, value = (
@@ -81,7 +87,11 @@ def attention(context: Context, backend: str, shape: tuple, dtype: torch.dtype) 
                         (n_keys, key_heads, value_dim))
     )  # fmt: skip
     mask = torch.rand(batch, list_heads, -(-n_queries // q_block), -(-n_keys // kv_block)) < 0.4
-    args = (query, key, value, *BlockIndex.from_mask(mask, q_block, kv_block), causal, sink, window)
+    return query, key, value, *BlockIndex.from_mask(mask, q_block, kv_block), causal, sink, window
+
+
+def attention(context: Context, backend: str, shape: tuple, dtype: torch.dtype) -> str | None:
+    args = inputs(shape, dtype)
     want, want_lse = attend(*double(args), backend="reference")
     out, lse = call(context, attend, backend, args)
     again, _ = call(context, attend, backend, args)
@@ -91,6 +101,20 @@ def attention(context: Context, backend: str, shape: tuple, dtype: torch.dtype) 
     if not torch.equal(lse.isfinite(), seen):
         return "lse is infinite in the wrong rows"
     return apart(out, want, TOLERANCE[dtype]) or apart(lse[seen], want_lse[seen], 1e-4)
+
+
+def backward(context: Context, backend: str, shape: tuple, dtype: torch.dtype) -> str | None:
+    query, key, value, *rest = inputs(shape, dtype)
+    out, lse = attend(query, key, value, *rest, backend="reference")
+    grads = torch.randn_like(out), torch.randn_like(lse)
+    args = (*grads, query, key, value, out, lse, *rest)
+    want = gradient(*double(args), backend="reference")
+    got, again = (call(context, gradient, backend, args) for _ in range(2))
+    for name, x, y, exact in zip(("query", "key", "value"), got, again, want, strict=True):
+        problem = apart(x, exact, TOLERANCE[dtype])
+        if problem or not torch.equal(x, y):
+            return f"grad_{name}: {problem or 'two runs differ'}"
+    return None
 
 
 def apart(got: torch.Tensor, want: torch.Tensor, tolerance: float) -> str | None:
