@@ -20,9 +20,10 @@ Made by `python -m bench gpu_page` from `gpu_check.json` and `aot.json` in `benc
 
 """
 
-NOTHING = """Nothing: no GPU was at hand. The Triton kernels have run under Triton's interpreter
-only, where they pass the same tests as the CPU kernels; what follows was found without a GPU. Tests
-that need one are shown as skipped.
+NOTHING = """Nothing: no GPU was at hand and no kernel has run on one. The Triton kernels have run
+under Triton's interpreter only, the CUDA kernels in an [executor](cuda.md) on the CPU only, where
+they pass the same tests as the CPU kernels; what follows was found without a GPU. Tests that need
+one are shown as skipped.
 """
 
 COMMANDS = """
@@ -46,8 +47,10 @@ FIRST_CALL = """
 
 Tile sizes stand in one table per architecture (`triton_kernels/configs.py`). The first call of an
 operator compiles one configuration of each kernel it launches and tries no others. Lengths and
-batch sizes compile nothing anew, but for a few steps: decode, too few tiles to fill the GPU, more
-than 128 blocks. `sparse_attn.warmup(n_heads, n_key_heads, head_dim)` makes these calls beforehand;
+batch sizes compile nothing anew where the rows of the tensors are multiples of 16 elements
+(head_dim 64, 96, 128, ..; 40 compiles anew as strides become multiples of 16 or cease to be), but
+for a few steps: decode, too few tiles to fill the GPU, more than 128 blocks.
+`sparse_attn.warmup(n_heads, n_key_heads, head_dim)` makes these calls beforehand;
 Triton keeps what it compiled on disk. Capture CUDA graphs after it. Seconds of one processor to
 compile for sm_90:
 
