@@ -6,6 +6,7 @@ import torch
 import sparse_attn
 from sparse_attn.block_index import BlockIndex
 from sparse_attn.ops.block_sparse_attention import op as attend
+from sparse_attn.ops.block_sparse_attention_backward import op as gradient
 from sparse_attn.ops.flex_prefill_attention import op as flex_prefill
 from sparse_attn.ops.flex_prefill_select import op as select
 from sparse_attn.ops.merge_attention_states import op as merge
@@ -31,6 +32,17 @@ def attention_call(q_block, n_queries, **options):
     return lambda: (attend, [*inputs(shape, torch.bfloat16), *index(shape)], options)
 
 
+def backward_call(**options):
+    def make():
+        shape = Shape(B=2, Hq=8, Hkv=2, Hi=2, Tq=500, Tk=700, D=128, Dv=128, q_block=64)
+        args = [*inputs(shape, torch.bfloat16), *index(shape)]
+        out, lse = attend(*args, **options, backend="reference")
+        grads = [torch.randn_like(out), torch.randn_like(lse)]
+        return gradient, [*grads, *args[:3], out, lse, *args[3:]], options
+
+    return make
+
+
 def select_call():
     shape = Shape(Hq=8, Hkv=2, Tq=2000, Tk=2000, D=128, Dv=128)
     return select, list(inputs(shape, torch.bfloat16)[:2]), {"min_budget": 128}
@@ -50,6 +62,8 @@ CALLS = {
     "prefill": attention_call(64, 2000),
     "prefill with sink and window": attention_call(64, 2000, sink=100, window=300),
     "decode": attention_call(1, 1),
+    "backward": backward_call(),
+    "backward, sink+window": backward_call(sink=100, window=300),
     "select": select_call,
     "flex_prefill_attention": whole_call,
     "merge": merge_call,

@@ -6,13 +6,14 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
 import torch
 
 from bench import gpu_check
-from bench.gpu import page
+from bench.gpu import machine, page
 from bench.gpu.baselines import checked
 from bench.gpu.cases import random_index, rows_error
 from bench.gpu.context import Context
@@ -42,7 +43,7 @@ def test_every_part_runs_dry(tmp_path):
     ), found.stdout
     assert not [row for row in result["rows"] if "FAILED" in row.get("note", "")]
     measured = {row["part"] for row in result["rows"] if row.get("value", 0) > 0}
-    assert measured == parts - {"build", "sanitizer"}
+    assert measured == parts - {"build", "memcheck", "racecheck"}
     for row in result["rows"]:
         assert row["what"] in found.stdout
         assert gpu_check.met(row) in ("", "yes", "NO")
@@ -70,6 +71,28 @@ def test_bad_parts_are_survived():
     assert time.monotonic() - start < 20
 
 
+BUILD_FIRST = """
+import sys
+from bench import gpu_check
+
+def part(target, args, seconds):
+    print("part", args[0], "sparse_attn" in sys.modules)
+    return "done"
+
+gpu_check.in_a_process = part
+print("part", gpu_check.run_all(["machine", "build"], True)["cuda_kernels"])
+"""
+
+
+def test_what_was_built_is_imported_after_it():
+    found = subprocess.run(
+        [sys.executable, "-c", BUILD_FIRST], cwd=ROOT, check=True, capture_output=True, text=True
+    ).stdout
+    *parts, kernels = [line for line in found.splitlines() if line.startswith("part")]
+    assert parts == ["part build False", "part machine True"]
+    assert kernels.startswith(("part extension", "part NVRTC", "part none: CUDA extension"))
+
+
 def test_what_fails_is_reported_and_left_out(tmp_path):
     query, key, value = inputs(Shape(Tq=100, Tk=100))
     context = Context("x", tmp_path / "rows", 60, dry=True)
@@ -84,6 +107,43 @@ def test_what_fails_is_reported_and_left_out(tmp_path):
     assert [n["what"] for n in notes] == ["broken", "wrong"]
     assert notes[0]["note"] == "FAILED: RuntimeError: no kernel image"
     assert "relative error 0.1" in notes[1]["note"]
+
+
+@pytest.mark.parametrize("status, last", [
+    (1, "3 failed, 3 passed, 3 skipped, 3 errors in 2s"), (2, "no such option"),
+    (None, ".."), (0, "5 passed in 1s"),
+])  # fmt: skip
+def test_failing_suites_fail_the_part(tmp_path, monkeypatch, status, last):
+    monkeypatch.setattr(machine, "command", lambda *args: (status, f"...\n{last}\n"))
+    context = Context("tests", tmp_path / "rows", 60, dry=True)
+    context.file.touch()
+    with pytest.raises(RuntimeError) if status != 0 else nullcontext():
+        machine.tests(context)
+    rows = [json.loads(line) for line in context.file.read_text().splitlines()]
+    counts = [(r["value"], r["failed"], r["error"], r["skipped"]) for r in rows]
+    assert counts == {1: [(3, 3, 3, 3)], 0: [(5, 0, 0, 0)]}.get(status, [])
+
+
+def test_missing_packages_are_named(tmp_path, monkeypatch):
+    monkeypatch.setattr(machine, "find_spec", lambda name: None if name == "hypothesis" else name)
+    context = Context("tests", tmp_path / "rows", 60, dry=True)
+    machine.tests(context)
+    assert json.loads(context.file.read_text())["note"] == "skipped: no hypothesis"
+
+
+def test_no_part_takes_the_time_of_another():
+    assert sum(seconds for _, seconds in gpu_check.PARTS.values()) <= gpu_check.TOTAL < 480
+    assert list(gpu_check.PARTS)[:4] == ["build", "machine", "check", "tests"]
+
+
+def test_the_sanitizer_watches_every_own_kernel(tmp_path, monkeypatch):
+    monkeypatch.setattr(machine.shutil, "which", lambda name: f"/bin/{name}")
+    context = Context("racecheck", tmp_path / "rows", 60, dry=True)
+    machine.racecheck(context)
+    words = json.loads(context.file.read_text())["note"]
+    assert "--tool racecheck" in words and words.endswith(" -m bench.gpu.check")
+    for name in ("merge_attention_states", "key_gradient", "block_mean", "probe_join", "list"):
+        assert f"--kernel-name kernel_substring={name}_kernel " in words
 
 
 def test_the_sampled_check_sees_a_wrong_block():
@@ -110,10 +170,12 @@ def test_the_page_is_made_from_the_results(tmp_path):
     result = {
         "device": {"gpu": "GPU X", "arch": "sm_90", "driver": "1.2", "torch": "2.11",
                    "triton": "3.6", "cuda": "13.0", "date": "2026-01-02"},
+        "cuda_kernels": "NVRTC",
         "parts": {"dense": {"status": "done", "seconds": 3.0}},
         "rows": [{"part": "dense", "what": "own", "value": 0.5, "unit": "x", "goal": ">= 0.9"},
                  {"part": "dense", "what": "flex", "note": "FAILED: no"}],
     }  # fmt: skip
     text = page.measured(result)
-    assert "GPU X" in text and "2026-01-02" in text and "| own | 0.5 x | >= 0.9 | NO |" in text
+    assert "GPU X" in text and "2026-01-02" in text and "CUDA kernels: NVRTC." in text
+    assert "| own | 0.5 x | >= 0.9 | NO |" in text
     assert "FAILED: no" in text

@@ -8,6 +8,8 @@ import sys
 import pytest
 
 from bench.aot import SHARED_LIMIT, SPILL_LIMIT, Row, cases, over_limits
+from bench.gpu.page import RESULTS
+from bench.gpu.page import compiled as compiled_table
 
 
 @pytest.fixture(scope="module")
@@ -32,6 +34,26 @@ def test_kernels_fit(compiled):
             "block_sparse_attention", "join_splits", "merge_attention_states", "probe_profile",
             "choose", "list",
         }  # fmt: skip
+
+
+def test_the_committed_table_has_every_case():
+    """Fails until `python -m bench aot` has run again after a case was added or taken away."""
+    rows = json.loads((RESULTS / "aot.json").read_text())
+    for arch in SHARED_LIMIT:
+        assert {row["case"] for row in rows if row["arch"] == arch} == set(cases(quick=False))
+
+
+def test_the_page_keeps_widths_apart():
+    rows = [
+        Row(f"{call} bf16 {d}", arch, kernel, 4, 2, registers, 0, d * 1024, 1.0)
+        for arch in SHARED_LIMIT
+        for call in ("backward", "backward, sink+window")
+        for kernel in ("key_gradient", "attention_delta")
+        for d, registers in ((64, 90), (128, 91))
+    ]  # fmt: skip
+    lines = compiled_table(rows).splitlines()
+    assert lines[0].startswith("| backward bf16 | `attention_delta` | 91 / 0 / 128 KiB |")
+    assert len(lines) == 5 and lines[2].startswith("| backward bf16 64 | `key_gradient` | 90 ")
 
 
 def test_what_does_not_fit_is_named():

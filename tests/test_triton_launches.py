@@ -78,6 +78,16 @@ def test_gathered_tokens_fill_tiles(kv_block):
         assert small["GATHER"] == (small["BLOCK_N"] % kv_block != 0 or kv_block < 64)
 
 
+@pytest.mark.parametrize("arch, table", [
+    ("sm_80", "sm_80"), ("sm_86", "sm_80"), ("sm_89", "sm_80"), ("sm_90", "sm_90"),
+    ("sm_100", "sm_100"), ("sm_103", "sm_100"), ("sm_120", "sm_80"), ("sm_121", "sm_80"),
+])  # fmt: skip
+def test_architectures_that_are_not_listed(arch, table):
+    from sparse_attn.triton_kernels.configs import nearest
+
+    assert nearest(arch) == table
+
+
 LENGTHS = """
 import json, sys, torch
 from bench import aot

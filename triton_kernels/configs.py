@@ -30,7 +30,6 @@ ATTENTION = {
     "sm_90": {2: _HALF_SM90, 4: _FLOAT},
     "sm_100": {2: _HALF_SM90, 4: _FLOAT},
 }
-ARCHITECTURES = tuple(ATTENTION)
 # of the backward, (query rows, keys, warps, stages): for the queries' gradient, for the keys'
 _HALF_BACKWARD = {
     64: ((128, 64, 8, 2), (64, 64, 8, 2)),
@@ -50,8 +49,13 @@ ATTENTION_BACKWARD = {
 
 
 def nearest(arch: str) -> str:
-    """The newest listed architecture that is not newer; consumer parts have sm_80's memory."""
-    return arch if arch in ATTENTION else "sm_80"
+    """The listed architecture of the same generation, otherwise sm_80.
+
+    sm_103 has the memory of sm_100. The tiles of sm_80 fit into 99 KiB, which is what the consumer
+    parts have: sm_86 and sm_89, but also sm_120.
+    """
+    listed = f"{arch[:-1]}0"
+    return listed if listed in ATTENTION else "sm_80"
 
 
 def padded(x: int, least: int = 16) -> int:

@@ -44,7 +44,7 @@ def dense(context: Context) -> None:
     for n in context.size((16384, 32768), (200,)):
         query, key, value = tensors(context, n, n, heads, heads)
         others = baselines.prefill(context, query, key, value)
-        if context.enough(40, "FlexAttention, dense"):
+        if context.enough(18, "FlexAttention, dense"):
             everything = BlockIndex.full(n, n, device=context.device)
             if not context.dry:
                 run = {"flex compiled": baselines.flex(query, key, value, everything)}
@@ -67,7 +67,7 @@ def sparse(context: Context) -> None:
     for density, goal in ((0.5, ">= 0.90"), (0.25, ">= 0.85"), (0.1, ">= 0.80")):
         index, share = random_index(n, heads, density, context.device)
         ours = own(context, query, key, value, index)
-        if not context.dry and context.enough(25, f"FlexAttention, density {density}"):
+        if not context.dry and context.enough(12, f"FlexAttention, density {density}"):
             run = {"flex compiled": baselines.flex(query, key, value, index)}
             ours |= baselines.checked(context, run, query, key, value, index)
         seconds = time_in_turn(context, others | ours)
@@ -87,7 +87,7 @@ def sweep(context: Context) -> None:
     """Speed-up over the fastest dense kernel, by length and density."""
     heads = context.size(16, 2)
     for n in context.size((8192, 16384, 65536, 131072), (150,)):
-        if not context.enough(8, f"sweep {n}"):
+        if not context.enough(3, f"sweep {n}"):
             return
         query, key, value = tensors(context, n, n, heads, heads)
         others = baselines.prefill(context, query, key, value)

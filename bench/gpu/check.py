@@ -1,6 +1,7 @@
 """Every operator on every GPU backend against the float64 reference, at small sizes.
 
-`python -m bench.gpu.check` runs it by itself, as compute-sanitizer does.
+`python -m bench.gpu.check` runs it by itself, as compute-sanitizer does. Inputs, references and
+comparisons stay on the CPU, so that the GPU runs little beside the operators.
 """
 
 from __future__ import annotations
@@ -8,13 +9,16 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from sparse_attn import BlockIndex
 from sparse_attn.ops.block_sparse_attention import op as attend
+from sparse_attn.ops.block_sparse_attention_backward import op as gradient
 from sparse_attn.ops.flex_prefill_select import op as select
 from sparse_attn.ops.merge_attention_states import op as merge
+from sparse_attn.registry import Op
 
 from .context import Context
 
@@ -42,11 +46,15 @@ def run(context: Context) -> None:
 def problems(context: Context) -> Iterator[tuple[str, BaseException | str | None]]:
     """(what was checked, what is wrong with it)."""
     torch.manual_seed(0)
+    some = SHAPES[3:4] if context.dry else SHAPES
     checks = [
-        (f"attention {shape} {dtype}".replace("torch.", ""), attend.name, attention, (shape, dtype))
-        for shape, dtypes in (SHAPES[3:4] if context.dry else SHAPES)
+        (f"{what} {shape} {dtype}".replace("torch.", ""), operator.name, function, (shape, dtype))
+        for what, operator, function, shapes in (
+            ("attention", attend, attention, some), ("backward", gradient, backward, some[:2]),
+        )
+        for shape, dtypes in shapes
         for dtype in dtypes
-    ]
+    ]  # fmt: skip
     checks += [("merge", merge.name, merged, ()), ("select", select.name, selected, ())]
     for what, operator, function, args in checks:
         for backend in context.backends(operator):
@@ -57,21 +65,36 @@ def problems(context: Context) -> Iterator[tuple[str, BaseException | str | None
             yield f"{what}, {backend}", problem
 
 
-def attention(context: Context, backend: str, shape: tuple, dtype: torch.dtype) -> str | None:
+def double(args: tuple[Any, ...]) -> list[Any]:
+    floating = lambda x: isinstance(x, torch.Tensor) and x.is_floating_point()  # noqa: E731
+    return [x.double() if floating(x) else x for x in args]
+
+
+def call(context: Context, op: Op, backend: str, args: tuple[Any, ...]) -> list[torch.Tensor]:
+    """An operator of tensors on the CPU; its results on the CPU, where the reference runs too."""
+    device = "cpu" if backend == "reference" else context.device
+    moved = [x.to(device) if isinstance(x, torch.Tensor) else x for x in args]
+    return [x.cpu() for x in op(*moved, backend=backend)]
+
+
+def inputs(shape: tuple, dtype: torch.dtype) -> tuple[Any, ...]:
+    """The arguments of block_sparse_attention."""
     batch, heads, key_heads, list_heads, n_queries, n_keys, dim, value_dim, *rest = shape
     q_block, kv_block, causal, sink, window = rest
     query, key, value = (
-        torch.randn(batch, n, h, d, dtype=dtype, device=context.device).transpose(1, 2)
+        torch.randn(batch, n, h, d, dtype=dtype).transpose(1, 2)
         for n, h, d in ((n_queries, heads, dim), (n_keys, key_heads, dim),
                         (n_keys, key_heads, value_dim))
     )  # fmt: skip
-    mask = torch.rand(batch, list_heads, -(-n_queries // q_block), -(-n_keys // kv_block),
-                      device=context.device) < 0.4  # fmt: skip
-    options = (*BlockIndex.from_mask(mask, q_block, kv_block), causal, sink, window)
-    want, want_lse = attend(*(x.double() for x in (query, key, value)), *options,
-                            backend="reference")  # fmt: skip
-    out, lse = attend(query, key, value, *options, backend=backend)
-    again, _ = attend(query, key, value, *options, backend=backend)
+    mask = torch.rand(batch, list_heads, -(-n_queries // q_block), -(-n_keys // kv_block)) < 0.4
+    return query, key, value, *BlockIndex.from_mask(mask, q_block, kv_block), causal, sink, window
+
+
+def attention(context: Context, backend: str, shape: tuple, dtype: torch.dtype) -> str | None:
+    args = inputs(shape, dtype)
+    want, want_lse = attend(*double(args), backend="reference")
+    out, lse = call(context, attend, backend, args)
+    again, _ = call(context, attend, backend, args)
     if not torch.equal(out, again):
         return "two runs differ"
     seen = want_lse.isfinite()
@@ -80,18 +103,32 @@ def attention(context: Context, backend: str, shape: tuple, dtype: torch.dtype) 
     return apart(out, want, TOLERANCE[dtype]) or apart(lse[seen], want_lse[seen], 1e-4)
 
 
+def backward(context: Context, backend: str, shape: tuple, dtype: torch.dtype) -> str | None:
+    query, key, value, *rest = inputs(shape, dtype)
+    out, lse = attend(query, key, value, *rest, backend="reference")
+    grads = torch.randn_like(out), torch.randn_like(lse)
+    args = (*grads, query, key, value, out, lse, *rest)
+    want = gradient(*double(args), backend="reference")
+    got, again = (call(context, gradient, backend, args) for _ in range(2))
+    for name, x, y, exact in zip(("query", "key", "value"), got, again, want, strict=True):
+        problem = apart(x, exact, TOLERANCE[dtype])
+        if problem or not torch.equal(x, y):
+            return f"grad_{name}: {problem or 'two runs differ'}"
+    return None
+
+
 def apart(got: torch.Tensor, want: torch.Tensor, tolerance: float) -> str | None:
     error = ((got.double() - want).norm() / want.norm()).item()
     return None if error <= tolerance else f"relative error {error:.3g} > {tolerance}"
 
 
 def merged(context: Context, backend: str) -> str | None:
-    out, lse = (torch.randn(2, 2, 4, 300, d, device=context.device) for d in (128, 1))
+    out, lse = (torch.randn(2, 2, 4, 300, d) for d in (128, 1))
     lse = lse[..., 0].clone()
     lse[0, 0, 0, :5] = -torch.inf
     args = (out[0], lse[0], out[1], lse[1])
-    want = merge(*(x.double() for x in args), backend="reference")
-    got = merge(*args, backend=backend)
+    want = merge(*double(args), backend="reference")
+    got = call(context, merge, backend, args)
     return apart(got[0], want[0], 1e-6) or apart(got[1], want[1], 1e-6)
 
 
@@ -99,13 +136,13 @@ def selected(context: Context, backend: str) -> str | None:
     """Sets may differ from the reference's where scores nearly tie: at most 1 % of the blocks."""
     n = context.size(2000, 150)
     for tau in context.size((0.0, 10.0), (10.0,)):
-        query = torch.randn(1, context.size(4, 2), n, 64, device=context.device)
-        key = torch.randn(1, context.size(2, 1), n, 64, device=context.device)
+        query = torch.randn(1, context.size(4, 2), n, 64)
+        key = torch.randn(1, context.size(2, 1), n, 64)
         key[:, :, :: n // 7] *= 4
         args = (query, key, 0.8, tau, 128, None, 64)
         masks = []
         for name in (backend, "reference"):
-            indices, counts, _ = select(*args, backend=name)
+            indices, counts, _ = call(context, select, name, args)
             index = BlockIndex(indices, counts, 64, 64)
             index.validate(n, n)
             masks.append(index.to_mask(n))

@@ -20,6 +20,8 @@ from .timing import time_in_turn
 
 ROOT = Path(__file__).parents[2]
 
+SUITE = "(triton or cuda) and (gpu and not inductor or bfloat16 and (parity or kernel_equals))"
+
 
 def command(
     context: Context, words: list[str], seconds: float, **env: str
@@ -74,13 +76,16 @@ def build(context: Context) -> None:
 
 
 def tests(context: Context) -> None:
-    """The operators' suites on the GPU, for every backend that runs there, and its own tests."""
+    """What only a GPU can show, and of each operator's suite the comparison in bfloat16."""
+    missing = [name for name in ("pytest", "hypothesis", "numpy") if find_spec(name) is None]
+    if missing:
+        context.note("tests", f"skipped: no {' and no '.join(missing)}")
+        return
     words = [sys.executable, "-m", "pytest", "--no-header", "-rfE", "-p", "no:cacheprovider"]
     if context.dry:
         words += ["tests/ops/test_merge_attention_states.py", "-k", "triton and joins"]
     else:
-        words += ["tests/test_gpu.py", "tests/test_warmup.py", "tests/test_compile.py", "tests/ops",
-                  "-k", "triton or cuda or gpu"]  # fmt: skip
+        words += ["tests/test_gpu.py", "tests/ops", "-k", SUITE]
         if find_spec("xdist") is not None:
             words += ["-n", "8"]  # most of the time goes into compiling
     status, text = command(context, words, context.left())
@@ -88,15 +93,15 @@ def tests(context: Context) -> None:
     for line in lines:
         if line.startswith(("FAILED", "ERROR")):
             context.failed("test", line)
-    found = dict(re.findall(r"(\d+) (passed|failed|skipped|error)", lines[-1]))
-    counts = {kind: int(number) for number, kind in found.items()}
+    found = re.findall(r"(\d+) (passed|failed|skipped|error)", lines[-1])
+    counts = {kind: int(number) for number, kind in found}
+    if counts and status is not None:
+        others = {kind: counts.get(kind, 0) for kind in ("failed", "error", "skipped")}
+        context.add("tests", counts.get("passed", 0), "passed", **others)
     if status is None:
-        context.failed("tests", f"out of time after {text.count('.')} passed")
-    elif not counts:
-        context.failed("tests", text)
-    else:
-        context.add("tests", counts.get("passed", 0), "passed", failed=counts.get("failed", 0),
-                    skipped=counts.get("skipped", 0))  # fmt: skip
+        raise RuntimeError(f"out of time after {text.count('.')} passed")
+    if status != 0:
+        raise RuntimeError(lines[-1] if counts else text)
 
 
 WARM = """
@@ -113,7 +118,7 @@ def first_call(context: Context) -> None:
             for state in ("nothing compiled", "compiled before"):
                 code = WARM.format(backend=backend, device=context.device)
                 status, text = command(
-                    context, [sys.executable, "-c", code], 60,
+                    context, [sys.executable, "-c", code], context.left(),
                     TRITON_CACHE_DIR=folder, CUPY_CACHE_DIR=folder,
                 )  # fmt: skip
                 if status != 0:
@@ -123,23 +128,41 @@ def first_call(context: Context) -> None:
                 context.add(f"first calls, {backend}, {state}", sum(seconds), "s")
 
 
-def sanitizer(context: Context) -> None:
-    """The small checks under compute-sanitizer: memory, then races in shared memory."""
+def own_kernels() -> list[str]:
+    """The names of all kernels, as the sources have them."""
+    files = [*(ROOT / "csrc" / "cuda").glob("*.cuh"), *(ROOT / "triton_kernels").glob("*.py")]
+    found = (re.findall(r"\b([a-z_]+_kernel)\(", file.read_text()) for file in files)
+    return sorted({name for names in found for name in names})
+
+
+def memcheck(context: Context) -> None:
+    """The small checks, with accesses to memory watched."""
+    sanitized(context, "memcheck")
+
+
+def racecheck(context: Context) -> None:
+    """The small checks, with races in shared memory watched."""
+    sanitized(context, "racecheck")
+
+
+def sanitized(context: Context, name: str) -> None:
+    """The small checks under compute-sanitizer, which watches our kernels only."""
     tool = shutil.which("compute-sanitizer") or next(
         map(str, Path("/usr/local").glob("cuda*/bin/compute-sanitizer")), None
     )
     if tool is None:
-        context.note("sanitizer", "skipped: no compute-sanitizer")
+        context.note(name, "skipped: no compute-sanitizer")
         return
-    words = [sys.executable, "-m", "bench.gpu.check"]
-    for name in ("memcheck", "racecheck"):
-        run = [tool, "--tool", name, "--error-exitcode", "9", "--launch-timeout", "0", *words]
-        if context.dry:
-            context.note(name, "would run " + " ".join(run[1:]))
-            continue
-        # every allocation by itself, so that the end of a tensor is the end of what may be touched
-        status, text = command(context, run, 60, PYTORCH_NO_CUDA_MEMORY_CACHING="1")
-        if status == 0:
-            context.add(name, 0, "errors")
-        else:
-            context.failed(name, "out of time" if status is None else text)
+    run = [tool, "--tool", name, "--error-exitcode", "9", "--launch-timeout", "0"]
+    for kernel in own_kernels():
+        run += ["--kernel-name", f"kernel_substring={kernel}"]  # any of them
+    run += [sys.executable, "-m", "bench.gpu.check"]
+    if context.dry:
+        context.note(name, "would run " + " ".join(run[1:]))
+        return
+    # every allocation by itself, so that the end of a tensor is the end of what may be touched
+    status, text = command(context, run, context.left(), PYTORCH_NO_CUDA_MEMORY_CACHING="1")
+    if status == 0:
+        context.add(name, 0, "errors")
+    else:
+        raise RuntimeError("out of time" if status is None else text)

@@ -9,6 +9,7 @@ import torch
 
 from sparse_attn import BlockIndex
 from sparse_attn.ops.block_sparse_attention import op as attend
+from sparse_attn.ops.block_sparse_attention_backward import op as gradient
 from sparse_attn.ops.flex_prefill_select import op as select
 from sparse_attn.ops.merge_attention_states import op as merge
 from sparse_attn.registry import Op
@@ -39,6 +40,11 @@ def run(context: Context) -> None:
     last = [x[:, :key_heads, -1:].contiguous() for x in index[:2]]
     attention(context, f"decode {n}, a quarter", query[:, :, -1:], key, value,
               BlockIndex(*last, 128, 128))  # fmt: skip
+    half = n // 2
+    query, key, value = tensors(context, half, half, heads, key_heads)
+    index, _ = random_index(half, heads, 0.25, context.device)
+    backward(context, f"backward {half}, a quarter", query, key, value, *index)
+    backward(context, f"backward {half}, sink+window", query, key, value, *index, True, 4, 512)
 
 
 def attention(
@@ -56,6 +62,18 @@ def attention(
         return None if error <= TOLERANCE else f"relative error {error:.3g}"
 
     compare(context, what, attend, (query, key, value, *index, True, sink, window), wrong)
+
+
+def backward(context: Context, what: str, *args: Any) -> None:
+    out, lse = attend(*args, backend="reference")
+    args = (torch.randn_like(out), None, *args[:3], out, lse, *args[3:])
+    exact = gradient(*args, backend="reference")  # in float32
+
+    def wrong(*grads: torch.Tensor) -> str | None:
+        found = (apart(x, y.double(), TOLERANCE) for x, y in zip(grads, exact, strict=True))
+        return next(filter(None, found), None)
+
+    compare(context, what, gradient, args, wrong)
 
 
 def compare(

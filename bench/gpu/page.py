@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from typing import Any
 
 from ..aot import SHARED_LIMIT, SPILL_LIMIT, Row
@@ -19,9 +20,10 @@ Made by `python -m bench gpu_page` from `gpu_check.json` and `aot.json` in `benc
 
 """
 
-NOTHING = """Nothing: no GPU was at hand. The Triton kernels have run under Triton's interpreter
-only, where they pass the same tests as the CPU kernels; what follows was found without a GPU. Tests
-that need one are shown as skipped.
+NOTHING = """Nothing: no GPU was at hand and no kernel has run on one. The Triton kernels have run
+under Triton's interpreter only, the CUDA kernels in an [executor](cuda.md) on the CPU only, where
+they pass the same tests as the CPU kernels; what follows was found without a GPU. Tests that need
+one are shown as skipped.
 """
 
 COMMANDS = """
@@ -45,8 +47,10 @@ FIRST_CALL = """
 
 Tile sizes stand in one table per architecture (`triton_kernels/configs.py`). The first call of an
 operator compiles one configuration of each kernel it launches and tries no others. Lengths and
-batch sizes compile nothing anew, but for a few steps: decode, too few tiles to fill the GPU, more
-than 128 blocks. `sparse_attn.warmup(n_heads, n_key_heads, head_dim)` makes these calls beforehand;
+batch sizes compile nothing anew where the rows of the tensors are multiples of 16 elements
+(head_dim 64, 96, 128, ..; 40 compiles anew as strides become multiples of 16 or cease to be), but
+for a few steps: decode, too few tiles to fill the GPU, more than 128 blocks.
+`sparse_attn.warmup(n_heads, n_key_heads, head_dim)` makes these calls beforehand;
 Triton keeps what it compiled on disk. Capture CUDA graphs after it. Seconds of one processor to
 compile for sm_90:
 
@@ -61,7 +65,8 @@ Registers per thread / bytes spilled per thread / shared memory per block, from
 `python -m bench aot`. It compiles every configuration for GPUs that are not here and fails above
 {spill} spilled bytes or above the shared memory ({limits};
 consumer GPUs take the tiles of sm_80 and have 99 KiB). Where a case compiles a kernel more than
-once, the most demanding. float16 is within a few registers of bf16.
+once, the most demanding; over all head_dim if the kernel's tile depends on none. float16 is within
+a few registers of bf16.
 
 | case | kernel | {archs} |
 |---|---|{rule}
@@ -75,7 +80,8 @@ def measured(found: dict[str, Any]) -> str:
         raise SystemExit("gpu_check.json holds no GPU's numbers, it is of a dry run")
     lines = [
         f"{device['date']}, {device['gpu']} ({device['arch']}), driver {device['driver']}, "
-        f"torch {device['torch']}, CUDA {device['cuda']}, Triton {device['triton']}.",
+        f"torch {device['torch']}, CUDA {device['cuda']}, Triton {device['triton']}. "
+        f"CUDA kernels: {found['cuda_kernels']}.",
         "", "| what | value | goal | met |", "|---|---|---|---|",
     ]  # fmt: skip
     notes = []
@@ -95,20 +101,27 @@ def measured(found: dict[str, Any]) -> str:
 
 def first_call(rows: list[Row]) -> str:
     lines = []
-    for case in ("prefill bf16 128", "decode bf16 128", "select bf16 128", "merge bf16 128"):
+    for call in ("prefill", "backward", "decode", "select", "merge"):
+        case = f"{call} bf16 128"
         found = [row for row in rows if row.case == case and row.arch == "sm_90"]
         lines.append(f"| {case} | {len(found)} | {sum(row.seconds for row in found):.1f} |")
     return "\n".join(lines) + "\n"
 
 
+# whose tiles hold a row of queries or keys: every case counts
+BY_WIDTH = (
+    "block_sparse_attention", "query_gradient", "key_gradient", "probe_extent", "probe_profile",
+)  # fmt: skip
+
+
 def compiled(rows: list[Row]) -> str:
-    """Attention by case; of the other kernels the most demanding configuration of each dtype."""
+    """Every case of the kernels in `BY_WIDTH`; of others the most demanding of each dtype."""
     groups: dict[tuple[str, str], dict[str, Row]] = {}
     for row in sorted(rows, key=lambda r: (r.spilled, r.registers, r.shared)):
         if " f16 " in row.case:
             continue
-        kind, dtype = row.case.split()[0], "f32" if " f32 " in row.case else "bf16"
-        case = row.case if row.kernel == "block_sparse_attention" else f"{kind} {dtype}"
+        operator, dtype = re.split(r"\W", row.case)[0], "f32" if " f32 " in row.case else "bf16"
+        case = row.case if row.kernel in BY_WIDTH else f"{operator} {dtype}"
         groups.setdefault((case, row.kernel), {})[row.arch] = row
     lines = []
     for (case, kernel), found in sorted(groups.items()):

@@ -5,6 +5,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
 import sparse_attn
 from sparse_attn.block_index import BlockIndex
@@ -391,3 +392,13 @@ def test_transpose():
     none = BlockIndex(torch.empty(1, 1, 3, 0, dtype=torch.int32),
                       torch.zeros(1, 1, 3, dtype=torch.int32), 64, 64)  # fmt: skip
     assert (none.transpose(90)[0] == 0).all()
+
+
+def test_transpose_reads_nothing_on_the_host():
+    with FakeTensorMode():  # raises where a value is read
+        counts = torch.empty(1, 2, 4, dtype=torch.int32)
+        listed = BlockIndex(counts.new_empty(1, 2, 4, 5), counts, 64, 64)
+        offsets, rows = listed.transpose(300)
+        assert offsets.shape == (1, 2, 6) and rows.shape == (1, 2, 20)
+        with pytest.raises(DataDependentOutputException):
+            int(counts.max())
