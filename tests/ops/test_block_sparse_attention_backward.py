@@ -173,6 +173,21 @@ def test_autograd_calls_the_same_backend(backend, monkeypatch):
     assert all(map(torch.equal, grads, want))
 
 
+@pytest.mark.parametrize("forced", ["cpp", "reference"])
+def test_a_forced_backend_without_a_gradient_leaves_it_to_another(forced, monkeypatch):
+    shape = Shape(Tq=20, Tk=30, Hi=1, q_block=16, kv_block=16)
+    listed = index(replace(shape, share=1.0))
+    monkeypatch.setenv("SPARSE_ATTN_BACKEND", forced)
+    monkeypatch.setattr(op, "impls", [row for row in op.impls if row.backend != forced])
+    chosen = []
+    monkeypatch.setattr(type(op), "select", spy(type(op).select, chosen))
+    query, *others = inputs(shape)
+    attend(query.requires_grad_(), *others, *listed)[0].sum().backward()
+    other = {"cpp": "reference", "reference": "cpp"}[forced]
+    assert chosen == [("block_sparse_attention", forced), (op.name, other)]
+    assert query.grad.abs().max() > 0
+
+
 def spy(select, chosen):
     def wrapped(self, args, backend=None):
         row = select(self, args, backend)
