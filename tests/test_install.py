@@ -98,6 +98,14 @@ import torch, sparse_attn
 print(sparse_attn.__file__, sparse_attn.info())
 name = "sparse_attn::merge_attention_states.cuda"
 print("registered:", torch._C._dispatch_has_kernel_for_dispatch_key(name, "CUDA"))
+merge = torch.ops.sparse_attn.merge_attention_states.cuda  # called as with one CUDA tensor
+for n in (0, 3):
+    try:
+        x = torch.zeros(1, 1, n, 8, dtype=torch.float16)
+        cuda = torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA)
+        merge.redispatch(cuda, x, x[..., 0].float(), x, x[..., 0].float())
+    except RuntimeError as error:
+        print("refused:", str(error).split("\\n")[0])
 """
     text = subprocess.run(
         [sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": str(tmp_path / "installed")},
@@ -105,6 +113,9 @@ print("registered:", torch._C._dispatch_has_kernel_for_dispatch_key(name, "CUDA"
     ).stdout  # fmt: skip
     assert text.startswith(str(tmp_path))
     assert "CUDA extension: loaded, for sm_80\n" in text and "registered: True" in text
+    refused = [line for line in text.split("\n") if line.startswith("refused: ")]
+    assert refused[0].endswith("out_a: expected [B, H, T, Dv], not empty")
+    assert refused[1].endswith("out_a: expected a CUDA tensor")
 
 
 @pytest.mark.parametrize(

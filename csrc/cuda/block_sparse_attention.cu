@@ -31,8 +31,8 @@ std::tuple<Tensor, Tensor> block_sparse_attention(Tensor query, Tensor key, Tens
                                                   int64_t window, std::optional<double> scale) {
   check_block_sparse_attention(query, key, value, indices, counts, q_block, kv_block, sink, window,
                                scale);
-  for (const Tensor* t : {&query, &key, &value, &indices, &counts})
-    SA_CHECK(t->is_cuda(), "query, key, value, indices, counts: expected CUDA tensors");
+  check_same_device({{"query", query}, {"key", key}, {"value", value},
+                     {"indices", indices}, {"counts", counts}});
   for (const Tensor* t : {&query, &value})
     SA_CHECK(t->size(3) % 8 == 0 && t->size(3) <= 256,
              "query, value: head_dim ", t->size(3), ", expected a multiple of 8, at most 256");
