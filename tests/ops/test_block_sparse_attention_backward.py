@@ -70,7 +70,7 @@ def check(run, shape, dtype, listed=None, **options):
     # dP - delta cancels where one key has a whole row: left is the rounding of two sums this large
     grad_out, _, query, key, _, out = (x if x is None else x.float() for x in args[:6])
     sums = (grad_out * out).abs().sum(-1).max().item()
-    scale = options.get("scale") or query.shape[3] ** -0.5
+    scale = args[-1] if args[-1] is not None else query.shape[3] ** -0.5
     left = [2**-23 * sums * abs(scale) * x.abs().max().item() for x in (key, query)] + [0]
     for name, g, e, d, x, rest in zip(NAMES, got, exact, dense, args[2:5], left, strict=True):
         assert g.shape == x.shape and g.dtype == dtype and g.isfinite().all(), name
