@@ -23,6 +23,7 @@ from setuptools.command.build_ext import build_ext
 ROOT = Path(__file__).parent.resolve()
 TORCH_TARGET_VERSION = "0x020b000000000000"  # oldest torch that can load the extension: 2.11
 OLDEST_TORCH = (2, 11)
+OLDEST_NVCC = (12, 0)  # the first that compiles C++20
 STABLE_HEADER = "include/torch/csrc/stable/library.h"
 
 AVX2 = ["-mavx2", "-mfma", "-mf16c"]
@@ -94,16 +95,36 @@ def find_nvcc():
     return shutil.which("nvcc") or shutil.which("/usr/local/cuda/bin/nvcc")
 
 
+def nvcc_says(question):
+    return subprocess.run([find_nvcc(), question], capture_output=True, text=True).stdout
+
+
+def why_no_nvcc():
+    nvcc = find_nvcc()
+    again = "install the CUDA toolkit 12.0 or newer or set CUDA_HOME, then reinstall"
+    if nvcc is None:
+        return f"no nvcc at build time: {again}"
+    found = re.search(r"release (\d+)\.(\d+)", nvcc_says("--version"))
+    if found is None:
+        return f"{nvcc} does not say its version: {again}"
+    if (int(found[1]), int(found[2])) < OLDEST_NVCC:
+        return f"{nvcc} is of CUDA {found[1]}.{found[2]}, which is too old: {again}"
+    if not cuda_archs():
+        none = f"{nvcc} knows none of sm_{' sm_'.join(CUDA_ARCHS)}"
+        return f"{none}: set SPARSE_ATTN_CUDA_ARCHS, then reinstall"
+    return None
+
+
 def cuda_archs():
     """The architectures to compile for; by default those of CUDA_ARCHS that nvcc knows."""
     asked = os.environ.get("SPARSE_ATTN_CUDA_ARCHS")
     if asked:
         archs = [a for a in re.split(r"[;, ]+", asked) if a]
         wrong = [a for a in archs if not re.fullmatch(r"[1-9][0-9]+[af]?", a)]
-        if wrong:
+        if wrong or not archs:
             sys.exit(f"SPARSE_ATTN_CUDA_ARCHS: got {asked!r}, expected a list such as 80;90a")
         return archs
-    known = subprocess.run([find_nvcc(), "--list-gpu-arch"], capture_output=True, text=True).stdout
+    known = nvcc_says("--list-gpu-arch")
     return [a for a in CUDA_ARCHS if f"compute_{a.rstrip('af')}" in known]
 
 
@@ -135,9 +156,7 @@ def why_no_cuda(wanted):
         return "this torch has no CUDA: install one that has, then reinstall"
     if sys.platform != "linux":
         return "built on Linux only"
-    if find_nvcc() is None:
-        return "no nvcc at build time: install the CUDA toolkit or set CUDA_HOME, then reinstall"
-    return None
+    return why_no_nvcc()
 
 
 def plan():

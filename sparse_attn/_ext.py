@@ -41,7 +41,25 @@ def _build_info(name: str) -> Any:
 
 def cuda_archs() -> str:
     """The architectures that the CUDA extension has code for."""
-    return " ".join(f"sm_{arch}" for arch in _build_info("CUDA_ARCHS") or ())
+    return " ".join(f"sm_{arch}" for arch in CUDA_ARCHS)
+
+
+def why_no_cuda_code(major: int, minor: int) -> str | None:
+    """Why the CUDA extension cannot run on a GPU; NVRTC compiles for the one that is there.
+
+    Code runs on later GPUs of its generation, unless it is of an "a"; portable code of the newest
+    (gpu_code in setup.py) on all later ones.
+    """
+    gpu, numbers = 10 * major + minor, [int(arch.rstrip("af")) for arch in CUDA_ARCHS]
+    for arch, n in zip(CUDA_ARCHS, numbers, strict=True):
+        if gpu == n or (not arch.endswith("a") and n < gpu < n - n % 10 + 10):
+            return None
+    if not numbers or gpu >= max(numbers):
+        return None
+    return (
+        f"the CUDA extension has code for {cuda_archs()}, this GPU is sm_{gpu}: "
+        f"reinstall with SPARSE_ATTN_CUDA_ARCHS={gpu}"
+    )
 
 
 def _installed(module: str) -> bool:
@@ -74,6 +92,9 @@ def _cupy() -> str:
 _find_kernels()
 cpp_missing: str | None = _load("_C", "C++ extension", "CPU_EXTENSION_MISSING")
 cuda_extension_missing: str | None = _load("_C_cuda", "CUDA extension", "CUDA_EXTENSION_MISSING")
+CUDA_ARCHS: tuple[str, ...] = (
+    () if cuda_extension_missing else tuple(_build_info("CUDA_ARCHS") or ())
+)
 # without the extension NVRTC compiles the same kernels at the first call, through CuPy
 cuda_missing: str | None = None
 if cuda_extension_missing and not _installed("cupy"):

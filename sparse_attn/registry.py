@@ -263,10 +263,17 @@ class Op:
         return self.select(bound, backend).overload(*bound)
 
     def prefer(self, backend: str | None, *args: Any) -> Any:
-        """A call by `backend` where it can serve it, otherwise by one that is chosen."""
+        """A call by `backend` where it can serve it, otherwise by one that is chosen.
+
+        So with SPARSE_ATTN_BACKEND, too: what it names serves the forward, perhaps not the rest.
+        """
         bound = self.bind(*args)
-        can = backend is not None and self.reasons(bound)[backend] is None
-        return self(*bound, backend=backend if can else None)
+        asked, reasons = requested(backend), self.reasons(bound)
+        if asked is None or reasons[asked] is not None:
+            device = next(a.device.type for a in bound if isinstance(a, torch.Tensor))
+            served = (r for r in self.impls if r.is_for(device) and reasons[r.backend] is None)
+            asked = next((row.backend for row in served), None)
+        return self(*bound, backend=asked)
 
     def _run_default(self, *args: Any) -> Any:
         return self(*args)

@@ -98,6 +98,14 @@ import torch, sparse_attn
 print(sparse_attn.__file__, sparse_attn.info())
 name = "sparse_attn::merge_attention_states.cuda"
 print("registered:", torch._C._dispatch_has_kernel_for_dispatch_key(name, "CUDA"))
+merge = torch.ops.sparse_attn.merge_attention_states.cuda  # called as with one CUDA tensor
+for n in (0, 3):
+    try:
+        x = torch.zeros(1, 1, n, 8, dtype=torch.float16)
+        cuda = torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA)
+        merge.redispatch(cuda, x, x[..., 0].float(), x, x[..., 0].float())
+    except RuntimeError as error:
+        print("refused:", str(error).split("\\n")[0])
 """
     text = subprocess.run(
         [sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": str(tmp_path / "installed")},
@@ -105,6 +113,9 @@ print("registered:", torch._C._dispatch_has_kernel_for_dispatch_key(name, "CUDA"
     ).stdout  # fmt: skip
     assert text.startswith(str(tmp_path))
     assert "CUDA extension: loaded, for sm_80\n" in text and "registered: True" in text
+    refused = [line for line in text.split("\n") if line.startswith("refused: ")]
+    assert refused[0].endswith("out_a: expected [B, H, T, Dv], not empty")
+    assert refused[1].endswith("out_a: expected a CUDA tensor")
 
 
 @pytest.mark.parametrize(
@@ -114,6 +125,7 @@ print("registered:", torch._C._dispatch_has_kernel_for_dispatch_key(name, "CUDA"
         ({"SPARSE_ATTN_BUILD": "cpu"}, "CUDA extension: skipped, SPARSE_ATTN_BUILD=cpu"),
         ({"SPARSE_ATTN_BUILD": "cuda", "CUDA_HOME": "/nowhere"}, "cuda, but no nvcc at build time"),
         ({"SPARSE_ATTN_BUILD": "cuda", "SPARSE_ATTN_CUDA_ARCHS": "hopper"}, "got 'hopper'"),
+        ({"SPARSE_ATTN_BUILD": "cuda", "SPARSE_ATTN_CUDA_ARCHS": ";"}, "got ';', expected a list"),
         ({}, "this torch has no CUDA"),
         ({"SPARSE_ATTN_BUILD": "none"}, "CPU extension: skipped, SPARSE_ATTN_BUILD=none at build"),
         (
@@ -133,6 +145,31 @@ def test_what_is_built(tmp_path, env, message):
     if "SPARSE_ATTN_CUDA_ARCHS" in env and shutil.which("nvcc") is None:
         pytest.skip("no nvcc on PATH")
     assert message in plan_of(copy(tmp_path), **env)
+
+
+@pytest.mark.parametrize(
+    "release, archs, message",
+    [
+        ("release 11.8, V11.8.89", "compute_80", "is of CUDA 11.8, which is too old: install the"),
+        ("command failed", "compute_80", "does not say its version: install the CUDA toolkit 12.0"),
+        ("release 12.0, V12.0.1", "compute_35", "knows none of sm_80 sm_90a sm_100a: set SPARSE"),
+    ],
+)
+def test_an_nvcc_that_cannot_compile_the_kernels(tmp_path, release, archs, message):
+    """Beside a torch with CUDA: by itself the install goes on, cuda was asked for by name."""
+    nvcc = tmp_path / "bin" / "nvcc"
+    nvcc.parent.mkdir()
+    nvcc.write_text(f"#!/bin/sh\n[ $1 = --version ] && echo '{release}' || echo {archs}\n")
+    nvcc.chmod(0o755)
+    torch_dir = fake_torch(tmp_path / "site", "2.11.0+cu130") / "torch"
+    for name in ("include/torch/csrc/stable/library.h", "lib/libtorch_cuda.so"):
+        (torch_dir / name).parent.mkdir(parents=True)
+        (torch_dir / name).touch()
+    env = {"CUDA_HOME": str(tmp_path), "SPARSE_ATTN_TORCH_DIR": str(torch_dir)}
+    source = copy(tmp_path)
+    assert f"CUDA extension: skipped, {nvcc} {message}" in plan_of(source, **env)
+    text = plan_of(source, **env, SPARSE_ATTN_BUILD="cuda")
+    assert f"SPARSE_ATTN_BUILD=cuda, but {nvcc} {message}" in text and "Traceback" not in text
 
 
 def plan_of(source, python=sys.executable, **env):

@@ -122,6 +122,44 @@ def test_the_assembled_source_is_one_text(op):
         assert all(line in text for line in last[-5:]), header
 
 
+def direct_calls():
+    shape = Shape(Tq=64, Tk=64)
+    query, key, value = inputs(shape, torch.float16)
+    return {
+        "block_sparse_attention": (query, key, value, *index(shape)),
+        "flex_prefill_select": (query, key),
+        "merge_attention_states": (query, query[..., 0].float(), query, query[..., 0].float()),
+    }
+
+
+@pytest.mark.parametrize("op", ARGUMENTS)
+def test_tensors_of_two_devices_are_refused(op):
+    """By each kernel itself: a call of the overload passes no other check."""
+    args = direct_calls()[op]
+    for i, x in enumerate(args[1:], 1):
+        if isinstance(x, torch.Tensor):
+            with pytest.raises(ValueError, match=": device is meta, expected cpu as "):
+                getattr(module_of(op), op)(*args[:i], x.to("meta"), *args[i + 1 :])
+
+
+def test_nothing_to_merge_is_refused():
+    args = [x[:, :, :0] for x in direct_calls()["merge_attention_states"]]
+    with pytest.raises(ValueError, match="out_a: .* not empty"):
+        module_of("merge_attention_states").merge_attention_states(*args)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("op", ARGUMENTS)
+def test_an_overload_refuses_a_tensor_of_the_cpu(op):
+    if any(row.missing for row in OPS[op].impls if row.backend == "cuda"):
+        pytest.skip("neither the CUDA extension nor CuPy")
+    args = [x.cuda() if isinstance(x, torch.Tensor) else x for x in direct_calls()[op]]
+    args[1] = args[1].cpu()
+    with pytest.raises((ValueError, RuntimeError), match=r"(key|lse_a): (expected a CUDA|device)"):
+        getattr(torch.ops.sparse_attn, op).cuda(*args)
+
+
 def test_the_remedies_are_named():
     python(
         """

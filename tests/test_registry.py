@@ -2,17 +2,20 @@ import subprocess
 import sys
 import textwrap
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch.autograd import forward_ad
 
 import sparse_attn
+from sparse_attn import _ext
 from sparse_attn.methods.dense import Dense
 from sparse_attn.ops import attention as named
 from sparse_attn.ops import flex_prefill_attention as fused
 from sparse_attn.ops import flex_prefill_select as select
 from sparse_attn.ops import merge_attention_states as merge
+from sparse_attn.ops._checks import cuda_kernels_serve
 from sparse_attn.ops.block_sparse_attention import op
 from tests.cases import Shape, index, inputs
 
@@ -115,6 +118,42 @@ def test_without_triton():
         assert "pip install triton" in sparse_attn.backends()["attention"]["triton"]
         """
     )
+
+
+@pytest.mark.parametrize(
+    "archs, gpu, served",
+    [
+        ("80 90a 100a", (8, 0), True),
+        ("80 90a 100a", (8, 9), True),  # the code of sm_80
+        ("80 90a 100a", (9, 0), True),
+        ("80 90a 100a", (10, 3), True),  # portable code of the newest, as on all that follow
+        ("90a", (8, 6), False),
+        ("80 120", (9, 0), False),  # another generation than sm_80's
+        ("90a", (9, 0), True),
+        ("103a 120", (10, 0), False),
+        ("100a 120", (10, 3), False),
+        ("100f 120", (10, 3), True),
+        ("", (8, 6), True),  # NVRTC
+        ("", (7, 5), False),
+    ],
+)
+def test_a_gpu_that_the_cuda_extension_has_no_code_for(archs, gpu, served, monkeypatch):
+    found = SimpleNamespace(major=gpu[0], minor=gpu[1])
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: found)
+    monkeypatch.setattr(_ext, "CUDA_ARCHS", tuple(archs.split()))
+    first = SimpleNamespace(dtype=torch.float16, is_cuda=True, device="cuda:0")
+    why = cuda_kernels_serve(first)
+    assert (why is True) == served
+    if archs and not served:
+        assert f"this GPU is sm_{gpu[0]}{gpu[1]}: reinstall with SPARSE_ATTN_CUDA_ARCHS=" in why
+
+
+def test_how_long_the_cuda_kernel_can_be():
+    (when,) = (row.when for row in op.impls if row.backend == "cuda")
+    for n, served in ((2**30 - 1, True), (2**30, "1073741824 tokens, served: less than 2**30")):
+        x = torch.zeros(1, 1, 1, 64, dtype=torch.float16).expand(1, 1, n, 64)
+        for args in ((x, x[:, :, :9], x[:, :, :9]), (x[:, :, :9], x, x)):
+            assert str(when(*args)).startswith(str(served))
 
 
 def test_environment_forces_a_backend(monkeypatch):

@@ -1,5 +1,7 @@
 // What the binding of every CUDA operator includes: the stable ABI, the current stream, launches.
 #pragma once
+#include <initializer_list>
+
 #include <cuda_runtime.h>
 #include <torch/csrc/stable/accelerator.h>
 
@@ -22,6 +24,23 @@ inline void check_cuda(cudaError_t error, const char* call) {
                            ? "; no code for this GPU: rebuild with SPARSE_ATTN_CUDA_ARCHS"
                            : "";
   SA_CHECK(error == cudaSuccess, call, ": ", cudaGetErrorString(error), advice);
+}
+
+struct NamedTensor {
+  const char* name;
+  const Tensor& tensor;
+};
+
+// An overload is called where any one of its tensors is on a GPU; kernels take all on that of the
+// first.
+inline void check_same_device(std::initializer_list<NamedTensor> tensors) {
+  const NamedTensor& first = *tensors.begin();
+  for (const NamedTensor& t : tensors) {
+    SA_CHECK(t.tensor.is_cuda(), t.name, ": expected a CUDA tensor");
+    SA_CHECK(t.tensor.get_device_index() == first.tensor.get_device_index(), t.name,
+             ": device is cuda:", t.tensor.get_device_index(), ", expected cuda:",
+             first.tensor.get_device_index(), " as ", first.name);
+  }
 }
 
 inline cudaStream_t current_stream(const Tensor& t) {

@@ -31,12 +31,13 @@ std::tuple<Tensor, Tensor> block_sparse_attention(Tensor query, Tensor key, Tens
                                                   int64_t window, std::optional<double> scale) {
   check_block_sparse_attention(query, key, value, indices, counts, q_block, kv_block, sink, window,
                                scale);
-  for (const Tensor* t : {&query, &key, &value, &indices, &counts})
-    SA_CHECK(t->is_cuda(), "query, key, value, indices, counts: expected CUDA tensors");
+  check_same_device({{"query", query}, {"key", key}, {"value", value},
+                     {"indices", indices}, {"counts", counts}});
   for (const Tensor* t : {&query, &value})
     SA_CHECK(t->size(3) % 8 == 0 && t->size(3) <= 256,
              "query, value: head_dim ", t->size(3), ", expected a multiple of 8, at most 256");
-  SA_CHECK(std::max(query.size(2), key.size(2)) < int64_t{1} << 30, "query, key: too long");
+  SA_CHECK(std::max(query.size(2), key.size(2)) < int64_t{1} << 30, "query, key: lengths ",
+           query.size(2), " and ", key.size(2), ", expected less than 2**30");
   const DeviceGuard guard(query.get_device_index());
   query = in_place_or_copied(query), key = in_place_or_copied(key);
   value = in_place_or_copied(value), indices = last_dim_contiguous(indices);

@@ -33,7 +33,7 @@ std::tuple<Tensor, Tensor, Tensor> flex_prefill_select(
     std::optional<double> scale) {
   check_flex_prefill_select(query, key, gamma, tau, min_budget, max_budget, block_size, variant,
                             causal, scale);
-  SA_CHECK(key.get_device_index() == query.get_device_index(), "key: not on query's device");
+  check_same_device({{"query", query}, {"key", key}});
   SA_CHECK(query.size(3) % 8 == 0 && query.size(3) <= 256, "query: head_dim ", query.size(3),
            ", expected a multiple of 8 up to 256");
   const DeviceGuard guard(query.get_device_index());

@@ -21,6 +21,8 @@ void run(const MergeAttentionStatesParams& p, cudaStream_t stream) {
 std::tuple<Tensor, Tensor> merge_attention_states(Tensor out_a, Tensor lse_a, Tensor out_b,
                                                   Tensor lse_b) {
   check_merge_attention_states(out_a, lse_a, out_b, lse_b);
+  SA_CHECK(out_a.numel() > 0, "out_a: expected [B, H, T, Dv], not empty");
+  check_same_device({{"out_a", out_a}, {"lse_a", lse_a}, {"out_b", out_b}, {"lse_b", lse_b}});
   const DeviceGuard guard(out_a.get_device_index());
   out_a = last_dim_contiguous(out_a), out_b = last_dim_contiguous(out_b);
   const int64_t B = out_a.size(0), H = out_a.size(1), T = out_a.size(2), Dv = out_a.size(3);

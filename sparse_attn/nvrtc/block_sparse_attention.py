@@ -114,6 +114,7 @@ def place(p: Params, found: Plan, memory: int) -> int:
 
 def block_sparse_attention(*args):
     query, key, value, indices, *rest = op.bind(*args)
+    launch.same_device(query=query, key=key, value=value, indices=indices, counts=rest[0])
     query, key, value = map(launch.aligned_rows, (query, key, value))
     indices = launch.last_dim_contiguous(indices)
     results = op.empty(query, key, value, indices, *rest)

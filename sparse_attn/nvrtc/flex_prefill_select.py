@@ -121,6 +121,7 @@ def place(p: Params, found: Plan, memory: int) -> int:
 
 def flex_prefill_select(*args):
     query, key, *options = op.bind(*args)
+    launch.same_device(query=query, key=key)
     query, key = launch.aligned_rows(query), launch.aligned_rows(key)
     results = op.empty(query, key, *options)
     p = params(query, key, *options, *results)

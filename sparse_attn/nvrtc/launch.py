@@ -41,6 +41,14 @@ def limits(device: torch.device) -> DeviceLimits:
     return DeviceLimits(p.multi_processor_count, p.shared_memory_per_block_optin)
 
 
+def same_device(**tensors: torch.Tensor) -> None:
+    """As check_same_device in csrc/cuda/binding.h, for a direct call of an overload."""
+    (of, first), *others = tensors.items()
+    for name, x in others:
+        if x.device != first.device:
+            raise ValueError(f"{name}: device is {x.device}, expected {first.device} as {of}")
+
+
 def strides(x: torch.Tensor) -> Any:
     return Strides(*x.stride()[:3])
 

@@ -48,6 +48,9 @@ def plan(p: Params, limits: DeviceLimits) -> Plan:
 
 
 def merge_attention_states(out_a, lse_a, out_b, lse_b):
+    launch.same_device(out_a=out_a, lse_a=lse_a, out_b=out_b, lse_b=lse_b)
+    if out_a.numel() == 0:
+        raise ValueError("out_a: expected [B, H, T, Dv], not empty")
     out_a, out_b = launch.last_dim_contiguous(out_a), launch.last_dim_contiguous(out_b)
     results = op.empty(out_a, lse_a, out_b, lse_b)
     p = params(out_a, lse_a, out_b, lse_b, *results)

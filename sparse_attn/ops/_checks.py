@@ -7,6 +7,8 @@ from typing import Any
 
 import torch
 
+from .. import _ext
+
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 MAX_TOKENS = 2**31 - 256  # of queries and keys together
 MAX_INT64 = 2**63 - 1  # what a schema's int holds
@@ -129,6 +131,9 @@ def cuda_kernels_serve(first: torch.Tensor, *args: Any) -> bool | str:
     """What the `when` of every CUDA kernel begins with."""
     if first.dtype not in (torch.float16, torch.bfloat16):
         return f"{first.dtype}, served in float16 and bfloat16; triton and reference take others"
-    if first.is_cuda and torch.cuda.get_device_properties(first.device).major < 8:
+    if not first.is_cuda:
+        return True
+    gpu = torch.cuda.get_device_properties(first.device)
+    if gpu.major < 8:
         return "needs compute capability 8.0 or more"
-    return True
+    return _ext.why_no_cuda_code(gpu.major, gpu.minor) or True

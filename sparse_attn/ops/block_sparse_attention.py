@@ -68,6 +68,9 @@ def _cuda_serves(query, key, value, *args):
     if any(d % 8 or d > 256 for d in dims):
         served = "served: multiples of 8 up to 256; triton takes others"
         return f"head_dim {dims[0]} and {dims[1]}, {served}"
+    longest = max(query.shape[2], key.shape[2])
+    if not torch.compiler.is_compiling() and longest >= 2**30:  # as in check.lengths
+        return f"{longest} tokens, served: less than 2**30; triton takes more"
     return check.cuda_kernels_serve(query)
 
 

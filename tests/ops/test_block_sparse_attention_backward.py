@@ -71,7 +71,7 @@ def check(run, shape, dtype, listed=None, **options):
     # dP - delta cancels where one key has a whole row: left is the rounding of two sums this large
     grad_out, _, query, key, _, out = (x if x is None else x.float() for x in args[:6])
     sums = (grad_out * out).abs().sum(-1).max().item()
-    scale = options.get("scale") or query.shape[3] ** -0.5
+    scale = args[-1] if args[-1] is not None else query.shape[3] ** -0.5
     left = [2**-23 * sums * abs(scale) * x.abs().max().item() for x in (key, query)] + [0]
     for name, g, e, d, x, rest in zip(NAMES, got, exact, dense, args[2:5], left, strict=True):
         assert g.shape == x.shape and g.dtype == dtype and g.isfinite().all(), name
@@ -172,6 +172,21 @@ def test_autograd_calls_the_same_backend(backend, monkeypatch):
     assert chosen == [("block_sparse_attention", backend), (op.name, backend)]
     want = op(grad_out, grad_lse, *leaves, out, lse, *listed, backend=backend)
     assert all(map(torch.equal, grads, want))
+
+
+@pytest.mark.parametrize("forced", ["cpp", "reference"])
+def test_a_forced_backend_without_a_gradient_leaves_it_to_another(forced, monkeypatch):
+    shape = Shape(Tq=20, Tk=30, Hi=1, q_block=16, kv_block=16)
+    listed = index(replace(shape, share=1.0))
+    monkeypatch.setenv("SPARSE_ATTN_BACKEND", forced)
+    monkeypatch.setattr(op, "impls", [row for row in op.impls if row.backend != forced])
+    chosen = []
+    monkeypatch.setattr(type(op), "select", spy(type(op).select, chosen))
+    query, *others = inputs(shape)
+    attend(query.requires_grad_(), *others, *listed)[0].sum().backward()
+    other = {"cpp": "reference", "reference": "cpp"}[forced]
+    assert chosen == [("block_sparse_attention", forced), (op.name, other)]
+    assert query.grad.abs().max() > 0
 
 
 def spy(select, chosen):
