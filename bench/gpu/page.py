@@ -36,7 +36,8 @@ what fails is reported, and the rest goes on.
 | `--only dense,decode` | these parts |
 | `--dry-run` | all parts at tiny sizes on the CPU, under the interpreter |
 
-Parts in their order; what no longer fits into the 8 minutes is reported as skipped:
+Parts in their order; what no longer fits into the 8 minutes is reported as skipped. `tests` is a
+fixed part of the suites: `python -m pytest -k "triton or cuda or gpu"` runs the whole.
 
 | part | at most |
 |---|---|
