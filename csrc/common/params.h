@@ -13,12 +13,13 @@ using uint64_t = unsigned long long;
 
 namespace sparse_attn {
 
-// static: each unit has its own copy, compiled for its own instruction set
-static inline int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
-
 enum class DType : int { f32, f16, bf16 };
 
+#ifndef __CUDACC_RTC__  // NVRTC has no functions of the host
+// static: each unit has its own copy, compiled for its own instruction set
+static inline int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 static inline int64_t element_bytes(DType dtype) { return dtype == DType::f32 ? 4 : 2; }
+#endif
 
 // Strides are in elements; the last dimension of every tensor is contiguous.
 struct BlockSparseAttentionParams {

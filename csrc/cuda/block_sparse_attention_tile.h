@@ -2,6 +2,12 @@
 #pragma once
 #include "../common/params.h"
 
+#ifdef __CUDACC__
+#define SA_HOST_DEVICE __host__ __device__
+#else
+#define SA_HOST_DEVICE
+#endif
+
 namespace sparse_attn {
 
 // A thread block attends with `rows` queries x heads to `keys` keys at a time; head dimensions are
@@ -16,14 +22,14 @@ struct AttentionTile {
   static constexpr int kStages = 3;  // slots for keys or values: one in use, two being filled
   static constexpr int kWorkBytes = 256;
 
-  constexpr int keys() const { return dim <= 128 ? 64 : 32; }
-  constexpr int row_warps() const { return rows == 16 ? 1 : 4; }
-  constexpr int key_warps() const { return rows == 16 ? keys() / 16 : 1; }
-  constexpr int threads() const { return 32 * row_warps() * key_warps(); }
-  constexpr int query_bytes() const { return rows * dim * 2; }
-  constexpr int slot_bytes() const { return keys() * dim * 2; }
-  constexpr int token_bytes() const { return 2 * keys() * 4; }  // of two tiles
-  constexpr int shared_bytes() const {
+  SA_HOST_DEVICE constexpr int keys() const { return dim <= 128 ? 64 : 32; }
+  SA_HOST_DEVICE constexpr int row_warps() const { return rows == 16 ? 1 : 4; }
+  SA_HOST_DEVICE constexpr int key_warps() const { return rows == 16 ? keys() / 16 : 1; }
+  SA_HOST_DEVICE constexpr int threads() const { return 32 * row_warps() * key_warps(); }
+  SA_HOST_DEVICE constexpr int query_bytes() const { return rows * dim * 2; }
+  SA_HOST_DEVICE constexpr int slot_bytes() const { return keys() * dim * 2; }
+  SA_HOST_DEVICE constexpr int token_bytes() const { return 2 * keys() * 4; }  // of two tiles
+  SA_HOST_DEVICE constexpr int shared_bytes() const {
     return query_bytes() + kStages * slot_bytes() + token_bytes() + kWorkBytes;
   }
 };

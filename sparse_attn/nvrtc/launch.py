@@ -10,7 +10,7 @@ import torch
 
 from . import source
 
-OPTIONS = ("-std=c++20", "-diag-suppress=177")  # functions of the host, which nothing calls
+OPTIONS = ("-std=c++20", "-diag-suppress=177")  # constants that only the plan reads
 DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}  # DType in csrc/common/params.h
 NAMES = {1: "__half", 2: "__nv_bfloat16"}
 WITHOUT_ASKING = 48 * 1024  # bytes of shared memory
