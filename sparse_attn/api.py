@@ -57,7 +57,8 @@ def attention(
         key: [B, Hkv, Tk, D]; query head h reads KV head h // (Hq // Hkv).
         value: [B, Hkv, Tk, Dv].
         method: a name or a config such as `FlexPrefill(gamma=0.9)`.
-        index: attend to these blocks instead of selecting any; a batch of 1 serves every batch.
+        index: attend to these blocks instead of selecting any, whatever `method` is; a batch of 1
+            serves every batch.
         causal: query i stands at position Tk - Tq + i and sees keys up to itself (bottom-right
             aligned, unlike torch's `is_causal`).
         scale: multiplies query @ key; None for 1 / sqrt(D).
@@ -111,9 +112,20 @@ def attention(
 
 
 def _density(selection: Selection, n_queries: int, n_keys: int, causal: bool) -> float:
-    if selection.sink >= n_keys:
+    """The share of the visible blocks that holds a listed key, one of the sink or the window."""
+    index, sink, window = selection
+    if sink >= n_keys:
         return 1.0
-    return selection.index.density(n_queries, n_keys, causal)
+    if sink or window:
+        mask = index.to_mask(n_keys)
+        key = torch.arange(mask.shape[3], device=mask.device) * index.kv_block
+        query = torch.arange(mask.shape[2], device=mask.device)[:, None] * index.q_block
+        first = n_keys - n_queries + query  # the position of the block's first query
+        last = first + index.q_block - 1
+        near = (key + index.kv_block > first - window + 1) & (key <= last)
+        mask = mask | (key < sink) | (near & (window > 0))
+        index = BlockIndex.from_mask(mask, index.q_block, index.kv_block)
+    return index.density(n_queries, n_keys, causal)
 
 
 def _dense_because(

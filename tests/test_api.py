@@ -4,7 +4,8 @@ import pytest
 import torch
 
 import sparse_attn
-from sparse_attn import FlexPrefill, crossover
+from sparse_attn import BlockIndex, FlexPrefill, api, crossover
+from sparse_attn.methods import Selection
 from tests.cases import Shape, inputs
 from tests.ops.test_flex_prefill_select import structured
 
@@ -26,6 +27,26 @@ def test_fallback_is_reported_and_can_be_refused():
     assert stats.fallback is None and stats.method == "flex_prefill"
     assert "takes the dense path" in sparse_attn.explain(query, key, value)
     assert "takes the dense path" not in sparse_attn.explain(query, key, value, fallback=False)
+
+
+@pytest.mark.parametrize("sink, window", [(0, 1), (40, 0), (20, 100), (0, 300), (299, 1)])
+def test_density_counts_sink_and_window(sink, window):
+    n, block = 300, 16
+    none = torch.zeros(1, 1, -(-n // block), -(-n // block), dtype=torch.bool)
+    selection = Selection(BlockIndex.from_mask(none, block, block), sink, window)
+    i = torch.arange(n)
+    seen = (i < sink) | (i > i[:, None] - window)
+    blocks = [
+        torch.nn.functional.pad(x.tril(), (0, -n % block, 0, -n % block))
+        .unflatten(1, (-1, block))
+        .unflatten(0, (-1, block))
+        .any(3)
+        .any(1)
+        for x in (seen, torch.ones(n, n, dtype=torch.bool))
+    ]
+    want = blocks[0].sum().item() / blocks[1].sum().item()
+    assert api._density(selection, n, n, True) == pytest.approx(want)
+    assert (want == 1) == (max(sink, window) >= 299)
 
 
 def test_decoding_takes_the_dense_path():

@@ -11,6 +11,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import sdpa_mask
 
 from .. import api
+from ..methods import resolve
 
 ROWS = 128  # of a mask, read at once: a whole comparison would take several times its memory
 KNOWN = WeakTensorKeyDictionary()  # masks in use and what was found in them: layers share a mask
@@ -40,8 +41,15 @@ def register(method: Any = "flex_prefill", name: str = "sparse_attn", **options:
     static caches; any other mask, a soft cap, sinks, dropout and paged caches raise. Masks are read
     on the host, which torch.compile(fullgraph=True) refuses: compile without it or pass no padding.
     """
+    config = resolve(method)
+    unknown = sorted(set(options) - {"backend", "fallback"})
+    if unknown:
+        raise TypeError(
+            f"register: got {unknown}, expected backend or fallback; a method's fields go into its "
+            "config, for example register(FlexPrefill(gamma=0.9))"
+        )
     register_function(
-        lambda *args, **kwargs: api.attention(*args, method, **options, **kwargs), name
+        lambda *args, **kwargs: api.attention(*args, config, **options, **kwargs), name
     )
 
 
@@ -137,6 +145,7 @@ def span(seen: torch.Tensor) -> Span:
     if not legal:
         raise NotImplementedError(
             "attention_mask: sparse_attn serves causal attention with left or right padding; "
-            "this mask is another (sliding window, packed sequences, ...): use 'sdpa'"
+            "this mask is another (sliding window, packed sequences, or holes: without an "
+            "attention_mask transformers hides every pad token of a prompt): use 'sdpa'"
         )
     return Span(slice(max(0, start - first), min(n_queries, end - first)), slice(start, end))

@@ -301,3 +301,10 @@ def test_demo_model(name):
     assert_same_logits(model, name, lambda m, n: logits(m, n, ids))
     loss = torch.nn.functional.cross_entropy(logits(model, name, ids)[0, :-1], ids[0, 1:])
     assert loss < 2.5  # nats per byte; chance is 5.5: the weights are the trained ones
+
+
+def test_register_refuses_what_attention_would_not_take():
+    with pytest.raises(ValueError, match="method: got 'flex'"):
+        integration.register("flex", "refused")
+    with pytest.raises(TypeError, match=r"register: got \['gamma'\].*FlexPrefill\(gamma=0.9\)"):
+        integration.register("flex_prefill", "refused", gamma=0.9)
