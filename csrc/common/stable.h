@@ -51,14 +51,15 @@ inline Tensor last_dim_contiguous(const Tensor& t) {
   return t.stride(t.dim() - 1) == 1 || t.size(t.dim() - 1) <= 1 ? t : torch::stable::contiguous(t);
 }
 
-// For kernels that load 16 bytes at a time: rows that begin at multiples of them.
+// [B, H, T, D] for kernels that load 16 bytes at a time and count rows in 32 bits: copied unless
+// rows begin at multiples of 16 bytes, less than 2 GiB apart.
 inline Tensor aligned_rows(const Tensor& t) {
   const Tensor x = last_dim_contiguous(t);
   const int64_t vector = 16 / element_bytes(dtype_of(x, "tensor"));
-  bool aligned = reinterpret_cast<uintptr_t>(x.const_data_ptr()) % 16 == 0;
-  for (int64_t i = 0; i + 1 < x.dim(); ++i)
-    aligned = aligned && (x.size(i) == 1 || x.stride(i) % vector == 0);
-  return aligned ? x : torch::stable::clone(x);
+  bool fits = reinterpret_cast<uintptr_t>(x.const_data_ptr()) % 16 == 0;
+  for (int64_t i = 0; i < 3; ++i) fits = fits && (x.size(i) == 1 || x.stride(i) % vector == 0);
+  fits = fits && (x.size(2) == 1 || x.stride(2) < int64_t{1} << 30);
+  return fits ? x : torch::stable::contiguous(torch::stable::clone(x));
 }
 
 }  // namespace sparse_attn

@@ -9,14 +9,6 @@
 namespace sparse_attn {
 namespace {
 
-Tensor in_place_or_copied(Tensor t) {
-  t = last_dim_contiguous(t);
-  const int64_t stride[3] = {t.stride(0), t.stride(1), t.stride(2)};
-  if (attention_reads_in_place(t.const_data_ptr(), stride, t.size(0), t.size(1), t.size(2)))
-    return t;
-  return torch::stable::contiguous(torch::stable::clone(t));
-}
-
 template <class T>
 void run(const BlockSparseAttentionCudaParams& p, const BlockSparseAttentionPlan& plan,
          cudaStream_t stream) {
@@ -39,8 +31,8 @@ std::tuple<Tensor, Tensor> block_sparse_attention(Tensor query, Tensor key, Tens
   SA_CHECK(std::max(query.size(2), key.size(2)) < int64_t{1} << 30, "query, key: lengths ",
            query.size(2), " and ", key.size(2), ", expected less than 2**30");
   const DeviceGuard guard(query.get_device_index());
-  query = in_place_or_copied(query), key = in_place_or_copied(key);
-  value = in_place_or_copied(value), indices = last_dim_contiguous(indices);
+  query = aligned_rows(query), key = aligned_rows(key);
+  value = aligned_rows(value), indices = last_dim_contiguous(indices);
   const int64_t B = query.size(0), Hq = query.size(1), Tq = query.size(2);
   Tensor out = torch::stable::new_empty(query, {B, Hq, Tq, value.size(3)});
   Tensor lse = torch::stable::new_empty(query, {B, Hq, Tq}, ScalarType::Float);

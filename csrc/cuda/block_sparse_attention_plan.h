@@ -34,15 +34,6 @@ struct BlockSparseAttentionPlan {
   }
 };
 
-// Whether the kernel can read a tensor [B, H, T, D] where it lies: 16 bytes at a time, and rows
-// less than 2 GiB apart.
-inline bool attention_reads_in_place(const void* data, const int64_t (&stride)[3], int64_t B,
-                                     int64_t H, int64_t T) {
-  const auto fits = [](int64_t n, int64_t stride) { return n <= 1 || stride % 8 == 0; };
-  return reinterpret_cast<uintptr_t>(data) % 16 == 0 && fits(B, stride[0]) && fits(H, stride[1]) &&
-         fits(T, stride[2]) && (T <= 1 || stride[2] < int64_t{1} << 30);
-}
-
 // Blocks that share the keys of a tile: as many as fill the GPU twice, four tiles of keys each.
 inline int64_t attention_splits(int64_t tiles, int64_t key_tiles, int64_t processors) {
   if (tiles >= processors) return 1;
