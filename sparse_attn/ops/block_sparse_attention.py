@@ -61,8 +61,6 @@ def triton_serves(query, key, value, *args):
     """Whether Triton's kernels serve a call, forward or backward."""
     if max(query.shape[3], value.shape[3]) > 256:
         return f"head_dim {query.shape[3]} and {value.shape[3]}, served up to 256"
-    if any(x is not None for x in args[8:]):
-        return "block_table and kv_lengths are not served yet"
     return check.not_float64(query)
 
 

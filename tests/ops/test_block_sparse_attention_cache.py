@@ -27,9 +27,6 @@ from tests.ops.test_block_sparse_attention import dense_in_dtype
 GARBAGE = torch.tensor([-1, 2**31 - 1, -(2**31)], dtype=torch.int32)
 
 
-SERVED = [run for run in RUNS if run != TRITON]
-
-
 def spare(x, lengths):
     """x with NaN where a sequence has no key."""
     beyond = torch.arange(x.shape[2]) >= lengths[:, None]
@@ -135,7 +132,7 @@ CASES = {  # shape with Tk the capacity, lengths, page_size (None: contiguous, w
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("run", [*SERVED, *CUDA], ids=str)
+@pytest.mark.parametrize("run", [*RUNS, *CUDA], ids=str)
 @pytest.mark.parametrize("case", CASES)
 def test_parity(run, case):
     shape, lengths, page_size = CASES[case]
@@ -154,7 +151,7 @@ def test_any_cache_on_cuda(run, data):
     any_cache(run, data, DTYPES[1:])
 
 
-@pytest.mark.parametrize("run", SERVED, ids=str)
+@pytest.mark.parametrize("run", RUNS, ids=str)
 @settings(max_examples=12)
 @given(data=st.data())
 def test_any_cache(run, data):
@@ -181,7 +178,7 @@ def any_cache(run, data, dtypes):
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("run", [*SERVED, CUDA[0]], ids=str)
+@pytest.mark.parametrize("run", [*RUNS, CUDA[0]], ids=str)
 @pytest.mark.parametrize("queries", [1, 70])
 def test_pages_change_no_bit(run, queries):
     """Kernels go through the keys in one order, wherever they lie; both layouts of a cache."""
