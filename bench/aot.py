@@ -132,7 +132,7 @@ def specialise(kernel: Any, args: tuple[Any, ...], options: dict[str, Any]) -> t
     for i, parameter in enumerate(kernel.params):
         name, x = parameter.name, named[parameter.name]
         free = parameter.do_not_specialize
-        if parameter.is_constexpr or (isinstance(x, int) and x == 1 and not free):
+        if parameter.is_constexpr or x is None or (isinstance(x, int) and x == 1 and not free):
             types[name], constants[name] = "constexpr", x
         elif isinstance(x, torch.Tensor):
             types[name] = "*" + NAMES[x.dtype]

@@ -47,6 +47,8 @@ def attention(
     fallback: bool = True,
     return_lse: bool = False,
     return_stats: bool = False,
+    block_table: torch.Tensor | None = None,
+    kv_lengths: torch.Tensor | None = None,
 ) -> Any:
     """Sparse attention by a method, or over a given index.
 
@@ -66,6 +68,11 @@ def attention(
         fallback: take the dense path where it is known to be faster.
         return_lse: also return the log-sum-exp, float32 [B, Hq, Tq], natural log.
         return_stats: also return `Stats`; reads the index on the host.
+        block_table: int32 [B, pages of a sequence]: key and value are pages, [pages, Hkv,
+            page_size, D], and token t of sequence b lies in page block_table[b, t // page_size].
+            With `index` or the method "dense"; no gradient. docs/ops/block_sparse_attention.md.
+        kv_lengths: int32 [B], how many keys each sequence has of those there is room for; Tk
+            above. As `block_table`.
 
     Returns:
         out [B, Hq, Tq, Dv] in query's dtype, then lse and stats if asked for.
@@ -75,10 +82,15 @@ def attention(
         NotImplementedError: no backend, or not the one asked for, can serve the call.
     """
     query, key, value = attend.cast(query, key, value)
-    check.query_key_value(query, key, value)
+    capacity = check.cache(query, key, value, block_table, kv_lengths)
+    cached = block_table is not None or kv_lengths is not None
     backend = requested(backend)
     dense_because = selector = None
     if index is not None:
+        if cached and return_stats:
+            raise NotImplementedError(
+                "return_stats: no density is computed for an index with block_table or kv_lengths"
+            )
         if not isinstance(index, BlockIndex):
             raise TypeError(f"index: expected a BlockIndex, got {type(index).__name__}")
         index = index.expand(query.shape[0])
@@ -86,6 +98,11 @@ def attention(
     else:
         config = resolve(method)
         name = config.name
+        if cached and not isinstance(config, Dense):
+            raise NotImplementedError(
+                f"method {name!r} cannot serve this call: it selects from keys in one piece, all "
+                "there; with block_table or kv_lengths give an index or the method 'dense'"
+            )
         dense_because = _dense_because(config, query, key, causal, fallback, backend)
         config = config if dense_because is None else Dense()
         selector = config.selector(query, key, causal, scale)
@@ -93,12 +110,14 @@ def attention(
             query.detach(), key.detach(), causal=causal, scale=scale, backend=backend
         )
     chosen, sink, window = selection
-    out, lse = attend(query, key, value, *chosen, causal, sink, window, scale, backend=backend)
+    if cached and index is None:
+        sink = capacity  # "all keys" of a dense selection, which saw a page only
+    args = (query, key, value, *chosen, causal, sink, window, scale, block_table, kv_lengths)
+    out, lse = attend(*args, backend=backend)
     results = [out]
     if return_lse:
         results.append(lse)
     if return_stats:
-        args = attend.bind(query, key, value, *chosen, causal, sink, window, scale)
         results.append(
             Stats(
                 name,

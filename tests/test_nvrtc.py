@@ -56,7 +56,14 @@ def attention_arguments(draw):
     edges = [draw(st.sampled_from((0, 1, 100, 10**6))) for _ in range(2)]
     scale = draw(st.sampled_from((None, 0.3)))
     counts = torch.zeros(indices.shape[:3], dtype=torch.int32)
-    return query, key, value, indices, counts, q_block, kv_block, draw(st.booleans()), *edges, scale
+    lengths, table = torch.zeros(query.shape[0], dtype=torch.int32), None
+    if draw(st.booleans()):
+        size = draw(st.sampled_from((16, 32, 64, 128)))
+        key, value = (models_layout(x.dtype, 9, x.shape[1], size, x.shape[3]) for x in (key, value))
+        table = torch.zeros(query.shape[0], draw(st.integers(1, 900)), dtype=torch.int32)
+    cache = table, draw(st.sampled_from((None, lengths)))
+    options = q_block, kv_block, draw(st.booleans()), *edges, scale
+    return query, key, value, indices, counts, *options, *cache
 
 
 def select_arguments(draw):

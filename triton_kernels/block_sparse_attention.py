@@ -68,11 +68,37 @@ def _tokens(p_list, first, stop, is_list, n_blocks, KV_BLOCK: tl.constexpr,
 
 
 @triton.jit
-def _attend(b_q, b_acc, b_m, b_l, key, value, o_n, m_n, mask, k_t, v_t, scale,
-            MASKED: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr,
-            BLOCK_DV: tl.constexpr):  # fmt: skip
+def _load_cached(base, o_n, stride, m_n, i_page, page_stride, MASKED: tl.constexpr,
+                 D: tl.constexpr, BLOCK_D: tl.constexpr, PAGE: tl.constexpr):  # fmt: skip
+    """Keys or values of tokens, one after the other or, with PAGE tokens in each, in pages."""
+    if PAGE == 0:
+        return _load_rows(base, o_n, stride, m_n, MASKED, D, BLOCK_D)
+    else:
+        o_row = i_page.to(tl.int64) * page_stride + (o_n % PAGE).to(tl.int64) * stride
+        return _load_rows(base, o_row, 1, m_n, MASKED, D, BLOCK_D)
+
+
+@triton.jit
+def _pages(p_table, n_pages, o_n, m_n, MASKED: tl.constexpr, PAGE: tl.constexpr):
+    """In which page tokens are. A wrong page is clamped: no table leads outside of the cache."""
+    if PAGE == 0:
+        return o_n  # not used
+    else:
+        if MASKED:  # places beyond the keys of a sequence may hold anything
+            i_page = tl.load(p_table + o_n // PAGE, mask=m_n, other=0)
+        else:
+            i_page = tl.load(p_table + o_n // PAGE)
+        return tl.minimum(tl.maximum(i_page, 0), n_pages - 1)
+
+
+@triton.jit
+def _attend(b_q, b_acc, b_m, b_l, key, value, o_n, m_n, mask, k_t, v_t, scale, p_table, n_pages,
+            k_b, v_b, MASKED: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
+            BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, PAGE: tl.constexpr):  # fmt: skip
     """Adds one tile of keys to the running softmax of the rows."""
-    b_k = _load_rows(key, o_n, k_t, m_n, MASKED, D, BLOCK_D)  # [BLOCK_N, BLOCK_D]
+    i_page = _pages(p_table, n_pages, o_n, m_n, MASKED, PAGE)
+    # [BLOCK_N, BLOCK_D]
+    b_k = _load_cached(key, o_n, k_t, m_n, i_page, k_b, MASKED, D, BLOCK_D, PAGE)
     b_s = tl.dot(b_q, tl.trans(b_k), input_precision="ieee")  # [BLOCK_M, BLOCK_N]
     if MASKED:
         b_s = tl.where(mask, b_s, -float("inf"))
@@ -82,7 +108,8 @@ def _attend(b_q, b_acc, b_m, b_l, key, value, o_n, m_n, mask, k_t, v_t, scale,
     b_p = tl.exp2(b_s * scale - b_ref[:, None])
     b_alpha = tl.exp2(b_m - b_ref)
     b_l = b_l * b_alpha + tl.sum(b_p, 1)
-    b_v = _load_rows(value, o_n, v_t, m_n, MASKED, DV, BLOCK_DV)  # [BLOCK_N, BLOCK_DV]
+    # [BLOCK_N, BLOCK_DV]
+    b_v = _load_cached(value, o_n, v_t, m_n, i_page, v_b, MASKED, DV, BLOCK_DV, PAGE)
     b_acc = b_acc * b_alpha[:, None]
     b_acc = tl.dot(b_p.to(b_v.dtype), b_v, b_acc, input_precision="ieee")
     return b_acc, b_new, b_l
@@ -93,17 +120,19 @@ def _attend(b_q, b_acc, b_m, b_l, key, value, o_n, m_n, mask, k_t, v_t, scale,
 @triton.jit(
     do_not_specialize=[
         "Tq", "Tk", "Hkv", "Mq", "n_blocks", "capacity", "sink", "window", "splits", "rows",
-        "i_b", "i_h", "i_m", "c_b", "c_h", "c_m",
+        "i_b", "i_h", "i_m", "c_b", "c_h", "c_m", "n_pages", "t_b",
     ]
 )  # fmt: skip
 def block_sparse_attention_kernel(
     query, key, value, indices, counts, out, lse,
     Tq, Tk, Hkv, Mq, n_blocks, capacity, sink, window, scale, splits, rows,
     q_b, q_h, q_t, k_b, k_h, k_t, v_b, v_h, v_t, i_b, i_h, i_m, c_b, c_h, c_m,
+    block_table, kv_lengths, n_pages, t_b,  # of a cache, otherwise None
     G: tl.constexpr, LIST_HEADS: tl.constexpr, HEADS: tl.constexpr, QUERIES: tl.constexpr,
     Q_BLOCK: tl.constexpr, KV_BLOCK: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     CAUSAL: tl.constexpr, EDGES: tl.constexpr, GATHER: tl.constexpr, NEGATE: tl.constexpr,
+    PAGE: tl.constexpr,
 ):  # fmt: skip
     # G query heads per KV head, LIST_HEADS per list; a tile is HEADS of them x QUERIES queries
     TILES: tl.constexpr = (Q_BLOCK + QUERIES - 1) // QUERIES  # of a query block
@@ -122,6 +151,8 @@ def block_sparse_attention_kernel(
     end_query = tl.minimum(tl.minimum(first_query + QUERIES, (i_row + 1) * Q_BLOCK), Tq)
     if first_query >= Tq:
         return
+    if kv_lengths is not None:
+        Tk = tl.minimum(tl.maximum(tl.load(kv_lengths + i_batch), 0), Tk)
 
     o_m = tl.arange(0, BLOCK_M)
     o_query = first_query + o_m % QUERIES
@@ -133,8 +164,14 @@ def block_sparse_attention_kernel(
     b_q = _load_rows(query + i_batch * q_b, o_q, 1, m_m, True, D, BLOCK_D)  # [BLOCK_M, BLOCK_D]
     if NEGATE:  # `scale` is an absolute value, so that a row's maximum can be scaled after the fact
         b_q = (-b_q.to(tl.float32)).to(b_q.dtype)
-    key += i_batch * k_b + i_kv.to(tl.int64) * k_h
-    value += i_batch * v_b + i_kv.to(tl.int64) * v_h
+    p_table = block_table
+    if PAGE == 0:
+        key += i_batch * k_b + i_kv.to(tl.int64) * k_h
+        value += i_batch * v_b + i_kv.to(tl.int64) * v_h
+    else:
+        p_table += i_batch * t_b
+        key += i_kv.to(tl.int64) * k_h
+        value += i_kv.to(tl.int64) * v_h
     i_list = (i_kv * G + i_head) // LIST_HEADS
     p_list = indices + i_batch * i_b + i_list.to(tl.int64) * i_h + i_row.to(tl.int64) * i_m
     count = tl.load(counts + i_batch * c_b + i_list.to(tl.int64) * c_h + i_row.to(tl.int64) * c_m)
@@ -194,8 +231,8 @@ def block_sparse_attention_kernel(
         o_n = _tokens(p_list, first, first + BLOCK_N, is_list, n_blocks, KV_BLOCK, BLOCK_N, GATHER)
         o_n = tl.minimum(o_n, Tk - 1)  # only a list out of order needs it
         b_acc, b_m, b_l = _attend(
-            b_q, b_acc, b_m, b_l, key, value, o_n, None, None, k_t, v_t, scale,
-            False, D, DV, BLOCK_D, BLOCK_DV,
+            b_q, b_acc, b_m, b_l, key, value, o_n, None, None, k_t, v_t, scale, p_table, n_pages,
+            k_b, v_b, False, D, DV, BLOCK_D, BLOCK_DV, PAGE,
         )  # fmt: skip
     for i in range(n_masked * i_split // splits, n_masked * (i_split + 1) // splits):
         first, stop = rest_list + i * BLOCK_N, n_d * KV_BLOCK
@@ -223,8 +260,8 @@ def block_sparse_attention_kernel(
             near = near & (o_n[None, :] <= o_position[:, None])
             mask = mask & (in_sink | ((o_n >= sink)[None, :] & (near == in_window)))
         b_acc, b_m, b_l = _attend(
-            b_q, b_acc, b_m, b_l, key, value, o_n, m_n, mask, k_t, v_t, scale,
-            True, D, DV, BLOCK_D, BLOCK_DV,
+            b_q, b_acc, b_m, b_l, key, value, o_n, m_n, mask, k_t, v_t, scale, p_table, n_pages,
+            k_b, v_b, True, D, DV, BLOCK_D, BLOCK_DV, PAGE,
         )  # fmt: skip
 
     b_acc = b_acc / tl.where(b_l == 0.0, 1.0, b_l)[:, None]
@@ -276,11 +313,20 @@ def block_sparse_attention(
     sink: int = 0,
     window: int = 0,
     scale: float | None = None,
+    block_table: torch.Tensor | None = None,
+    kv_lengths: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """As sparse_attn/reference/block_sparse_attention.py; the lists' contents are not checked."""
+    """As sparse_attn/reference/block_sparse_attention.py; no contents of tables are checked."""
     query, key, value, indices = map(launch.last_dim_contiguous, (query, key, value, indices))
     batch, heads, n_queries, head_dim = query.shape
     key_heads, n_keys = key.shape[1:3]
+    page, n_pages, table_stride = 0, None, None
+    if block_table is not None:
+        block_table = launch.last_dim_contiguous(block_table)
+        page, n_pages, table_stride = n_keys, key.shape[0], block_table.stride(0)
+        n_keys = page * block_table.shape[1]
+    if kv_lengths is not None:
+        kv_lengths = launch.last_dim_contiguous(kv_lengths)
     sink, window = min(sink, n_keys), min(window, n_keys)
     scale = 1 / math.sqrt(head_dim) if scale is None else scale
     tile = configs.attention_tile(
@@ -303,8 +349,8 @@ def block_sparse_attention(
         n_queries, n_keys, key_heads, indices.shape[2], triton.cdiv(n_keys, kv_block),
         indices.shape[3], sink, window, max(abs(scale), 1e-30) * LOG2_E.value, splits, rows,
         *query.stride()[:3], *key.stride()[:3], *value.stride()[:3], *indices.stride()[:3],
-        *counts.stride(), CAUSAL=causal, EDGES=sink > 0 or window > 0, NEGATE=scale < 0,
-        **tile.options,
+        *counts.stride(), block_table, kv_lengths, n_pages, table_stride, CAUSAL=causal,
+        EDGES=sink > 0 or window > 0, NEGATE=scale < 0, PAGE=page, **tile.options,
     )  # fmt: skip
     if splits > 1:
         block_r = max(1, 1024 // tile.options["BLOCK_DV"])

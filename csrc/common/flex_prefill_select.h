@@ -22,7 +22,7 @@ inline void check_flex_prefill_select(const Tensor& query, const Tensor& key, do
   SA_CHECK(key.size(0) == query.size(0) && key.size(3) == query.size(3),
            "key: batch size or head_dim differs from query's");
   SA_CHECK(query.size(1) % key.size(1) == 0, "query: heads are no multiple of key's");
-  check_lengths(query, key);
+  check_lengths(query.size(2), key.size(2));
   SA_CHECK(block >= 1 && block <= 128, "block_size: got ", block, ", expected 1 to 128");
   SA_CHECK(gamma > 0, "gamma: got ", gamma, ", expected more than 0");
   SA_CHECK(tau >= 0, "tau: got ", tau, ", expected 0 or more");

@@ -39,6 +39,11 @@ struct BlockSparseAttentionParams {
   float scale;
   bool causal;
   DType dtype;
+  // Caches. With a block table key and value are [pages, Hkv, 2^page_bits, D], stride 0 is that of
+  // pages, and token t lies in page block_table[t >> page_bits]; Tk is what a sequence has room for.
+  const int32_t* block_table;  // [B, Tk >> page_bits], or null
+  const int32_t* kv_lengths;   // [B] how many of the Tk keys there are, or null: all
+  int64_t block_table_stride, pages, page_bits;
 };
 
 struct MergeAttentionStatesParams {

@@ -33,11 +33,10 @@ inline DType dtype_of(const Tensor& t, const char* name) {
 }
 
 // Kernels hold positions, and positions plus a group of keys, in 32 bits.
-inline void check_lengths(const Tensor& query, const Tensor& key) {
+inline void check_lengths(int64_t queries, int64_t keys) {
   constexpr int64_t kLimit = (int64_t{1} << 31) - 256;
-  SA_CHECK(query.size(2) < kLimit && key.size(2) < kLimit - query.size(2),
-           "query, key: lengths ", query.size(2), " and ", key.size(2), ", expected less than ",
-           kLimit, " tokens together");
+  SA_CHECK(queries < kLimit && keys < kLimit - queries, "query, key: lengths ", queries, " and ",
+           keys, ", expected less than ", kLimit, " tokens together");
 }
 
 // Kernels compute in float32, where a large double is infinite.
@@ -51,15 +50,19 @@ inline Tensor last_dim_contiguous(const Tensor& t) {
   return t.stride(t.dim() - 1) == 1 || t.size(t.dim() - 1) <= 1 ? t : torch::stable::contiguous(t);
 }
 
-// [B, H, T, D] for kernels that load 16 bytes at a time and count rows in 32 bits: copied unless
-// rows begin at multiples of 16 bytes, less than 2 GiB apart.
+// [B, H, T, D] for kernels that load 16 bytes at a time and count rows in 32 bits: rows begin at
+// multiples of 16 bytes, less than 2 GiB apart. Others are copied.
+inline bool rows_are_aligned(const Tensor& x) {
+  const int64_t vector = 16 / element_bytes(dtype_of(x, "tensor"));
+  bool fits = x.stride(3) == 1 || x.size(3) == 1;
+  fits = fits && reinterpret_cast<uintptr_t>(x.const_data_ptr()) % 16 == 0;
+  for (int64_t i = 0; i < 3; ++i) fits = fits && (x.size(i) == 1 || x.stride(i) % vector == 0);
+  return fits && (x.size(2) == 1 || x.stride(2) < int64_t{1} << 30);
+}
+
 inline Tensor aligned_rows(const Tensor& t) {
   const Tensor x = last_dim_contiguous(t);
-  const int64_t vector = 16 / element_bytes(dtype_of(x, "tensor"));
-  bool fits = reinterpret_cast<uintptr_t>(x.const_data_ptr()) % 16 == 0;
-  for (int64_t i = 0; i < 3; ++i) fits = fits && (x.size(i) == 1 || x.stride(i) % vector == 0);
-  fits = fits && (x.size(2) == 1 || x.stride(2) < int64_t{1} << 30);
-  return fits ? x : torch::stable::contiguous(torch::stable::clone(x));
+  return rows_are_aligned(x) ? x : torch::stable::contiguous(torch::stable::clone(x));
 }
 
 }  // namespace sparse_attn

@@ -44,19 +44,23 @@ struct Packed {
 };
 
 // Values are packed once where more than one tile reads the average key.
-Packed pack_values(const Params& p, const Kernels& kernels, const std::vector<Work>& tiles) {
+Packed pack_values(const Params& p, const Sequences& sequences, const Kernels& kernels,
+                   const std::vector<Work>& tiles) {
   const AttentionKernel& kernel = *kernels.prefill;
-  const int64_t bytes = kernel.packed_bytes(p);
+  Params longest = p;
+  longest.Tk = sequences.longest();
+  const int64_t bytes = kernel.packed_bytes(longest);
   int64_t reads = 0;
   for (const Work& w : tiles)
     if (w.tile.rows() > kernels.decode_rows) reads += w.tokens;
-  if (bytes == 0 || reads < 2 * p.Tk * p.B * p.Hkv) return {nullptr, 0};
+  if (bytes == 0 || reads < 2 * sequences.keys() * p.Hkv) return {nullptr, 0};
   Packed packed{allocate(bytes * p.B * p.Hkv), bytes};
-  const int64_t groups = (p.Tk + kGroupKeys - 1) / kGroupKeys, piece = 64;
-  const int64_t pieces = (groups + piece - 1) / piece;
+  const auto groups_of = [](const Params& s) { return (s.Tk + kGroupKeys - 1) / kGroupKeys; };
+  const int64_t piece = 64, pieces = (groups_of(longest) + piece - 1) / piece;
   deal(pieces * p.B * p.Hkv, [] { return 0; }, [&](int64_t i, int) {
     const int64_t bh = i / pieces, begin = i % pieces * piece;
-    kernel.pack(p, bh / p.Hkv, bh % p.Hkv, begin, std::min(groups, begin + piece),
+    const Params& s = sequences[bh / p.Hkv];
+    kernel.pack(s, bh / p.Hkv, bh % p.Hkv, begin, std::min(groups_of(s), begin + piece),
                 packed.of(bh));
   });
   return packed;
@@ -89,9 +93,10 @@ struct State {
 
 void run(const Params& p) {
   const Kernels kernels = choose_kernels(p);
-  const std::vector<Work> tiles = make_tiles(p);
+  const Sequences sequences(p);
+  const std::vector<Work> tiles = make_tiles(p, sequences);
   const auto n_tiles = static_cast<int64_t>(tiles.size());
-  const Packed packed = pack_values(p, kernels, tiles);
+  const Packed packed = pack_values(p, sequences, kernels, tiles);
   const int64_t scratch =
       std::max(kernels.prefill->scratch_bytes(p), kernels.decode->scratch_bytes(p));
 
@@ -99,25 +104,27 @@ void run(const Params& p) {
                             float* partial) {
     const bool few = t.rows() <= kernels.decode_rows;
     (few ? kernels.decode : kernels.prefill)
-        ->tile(p, t, groups, n, packed.of(t.batch * p.Hkv + t.kv_head), buffer, partial);
+        ->tile(sequences[t.batch], t, groups, n, packed.of(t.batch * p.Hkv + t.kv_head), buffer, partial);
   };
 
   if (n_tiles >= kSplitBelow) {
     deal(n_tiles, [&] { return State{allocate(scratch), {}}; }, [&](int64_t i, State& state) {
-      state.groups.build(p, tiles[i].tile);
+      state.groups.build(sequences[tiles[i].tile.batch], tiles[i].tile);
       run_tile(tiles[i].tile, state.groups.data(), state.groups.size(), state.scratch.get(),
                nullptr);
     });
     return;
   }
 
-  // few tiles: split each over its keys. The splits depend on the shapes alone, so the result
+  // few tiles: split each over its keys. The splits depend on the call alone, so the result
   // does not change with the number of threads.
   struct Piece {
     int64_t tile, begin, end;
   };
   std::vector<KeyGroups> groups(n_tiles);
-  deal(n_tiles, [] { return 0; }, [&](int64_t i, int) { groups[i].build(p, tiles[i].tile); });
+  deal(n_tiles, [] { return 0; }, [&](int64_t i, int) {
+    groups[i].build(sequences[tiles[i].tile.batch], tiles[i].tile);
+  });
   std::vector<Piece> pieces;
   std::vector<int64_t> first_piece(n_tiles + 1), row_base(n_tiles + 1);
   for (int64_t i = 0; i < n_tiles; ++i) {
@@ -156,16 +163,21 @@ void run(const Params& p) {
 std::tuple<Tensor, Tensor> block_sparse_attention(Tensor query, Tensor key, Tensor value,
                                                   Tensor indices, Tensor counts, int64_t q_block,
                                                   int64_t kv_block, bool causal, int64_t sink,
-                                                  int64_t window, std::optional<double> scale) {
-  check_cpu_call(query, key, value, indices, counts, q_block, kv_block, sink, window, scale);
+                                                  int64_t window, std::optional<double> scale,
+                                                  std::optional<Tensor> block_table,
+                                                  std::optional<Tensor> kv_lengths) {
+  KeyCache cache{block_table, kv_lengths};
+  check_cpu_call(query, key, value, indices, counts, q_block, kv_block, sink, window, scale, cache);
+  cache = readable(cache);
   query = last_dim_contiguous(query), key = last_dim_contiguous(key);
   value = last_dim_contiguous(value), indices = last_dim_contiguous(indices);
   Params p = make_params(query, key, value, indices, counts, q_block, kv_block, causal, sink,
-                         window, scale);
+                         window, scale, cache);
   Tensor out = torch::stable::new_empty(query, {p.B, p.Hq, p.Tq, p.Dv});
   Tensor lse = torch::stable::new_empty(query, {p.B, p.Hq, p.Tq}, ScalarType::Float);
   set_results(p, out, lse);
   check_index(p);
+  check_cache_contents(p);
   prefer_huge_pages(p.out, p.B * p.out_stride[0] * element_bytes(p.dtype));
   run(p);
   return {out, lse};

@@ -27,7 +27,8 @@ struct QueryTile {
   int64_t rows() const { return heads * queries; }
 };
 
-// One implementation. Buffers handed to it are aligned to 64 bytes; tensor data need not be.
+// One implementation, called with the parameters of one sequence (Sequences in
+// block_sparse_attention_call.h): Tk is how many keys it has, block_table its row. Buffers handed to it are aligned to 64 bytes; tensor data need not be.
 struct AttentionKernel {
   // bytes of the per-call copy of the values of one (batch, KV head); 0: reads them in place
   int64_t (*packed_bytes)(const BlockSparseAttentionParams&);
@@ -49,6 +50,19 @@ static inline const char* element(DType dtype, const void* base, const int64_t s
                                   int64_t b, int64_t h, int64_t t) {
   return static_cast<const char*>(base) +
          (b * stride[0] + h * stride[1] + t * stride[2]) * element_bytes(dtype);
+}
+
+// A key or value of a sequence, wherever its cache has it.
+static inline const char* cached(const BlockSparseAttentionParams& p, const void* base,
+                                 const int64_t stride[3], int64_t b, int64_t h, int64_t t) {
+  if (p.block_table == nullptr) return element(p.dtype, base, stride, b, h, t);
+  const int64_t in_page = t & ((int64_t{1} << p.page_bits) - 1);
+  return element(p.dtype, base, stride, p.block_table[t >> p.page_bits], h, in_page);
+}
+
+// Whether the keys of a group lie one after the other: a page may be smaller than a group.
+static inline bool in_one_piece(const BlockSparseAttentionParams& p, const KeyGroup& g) {
+  return g.tokens == nullptr && (p.block_table == nullptr || 1 << p.page_bits >= kGroupKeys);
 }
 
 static inline int64_t nothing_packed(const BlockSparseAttentionParams&) { return 0; }

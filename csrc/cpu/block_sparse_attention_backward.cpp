@@ -72,7 +72,7 @@ struct State {
 void run(const Params& p) {
   const AttentionBackwardKernel& kernel = choose_kernel();
   const int64_t scratch = kernel.scratch_bytes(p);
-  const std::vector<Work> tiles = make_tiles(p);
+  const std::vector<Work> tiles = make_tiles(p, Sequences(p));
   deal(static_cast<int64_t>(tiles.size()), [&] { return State<KeyGroups>{allocate(scratch), {}}; },
        [&](int64_t i, State<KeyGroups>& state) {
          state.rows.build(p, tiles[i].tile);

@@ -154,7 +154,7 @@ class Tile {
     const bool in_place = g.tokens == nullptr;
     const auto token = [&](int k) { return in_place ? g.first + k : g.tokens[k]; };
     const auto key_row = [&](int k) {
-      return row(p_.key, p_.key_stride, tile_.batch, tile_.kv_head, token(k));
+      return cached_row(p_, p_.key, p_.key_stride, tile_.batch, tile_.kv_head, token(k));
     };
     o.first = token(0);
     o.last = token(kGroupKeys - 1);
@@ -164,7 +164,7 @@ class Tile {
         o.last = greater(o.last, token(k));
       }
     }
-    if (in_place && p_.D % 32 == 0) {
+    if (in_one_piece(p_, g) && p_.D % 32 == 0) {
       o.key = key_row(0);
       o.key_stride = p_.key_stride[2];
     } else {
@@ -182,7 +182,9 @@ class Tile {
       uint16_t* to = s_.values[side] + slot * kGroupKeys * padded_dv(p_);
       transpose_values(
           p_,
-          [&](int k) { return row(p_.value, p_.value_stride, tile_.batch, tile_.kv_head, token(k)); },
+          [&](int k) {
+            return cached_row(p_, p_.value, p_.value_stride, tile_.batch, tile_.kv_head, token(k));
+          },
           kGroupKeys, to);
       o.value = to;
     }
@@ -343,7 +345,7 @@ class Tile {
     if (at >= n_groups_ || groups_[at].tokens != nullptr) return;
     const int part = u.block * 8 + tick, parts = blocks_ * 8;
     const uint16_t* keys =
-        row(p_.key, p_.key_stride, tile_.batch, tile_.kv_head, groups_[at].first);
+        cached_row(p_, p_.key, p_.key_stride, tile_.batch, tile_.kv_head, groups_[at].first);
     for (int r = part * kGroupKeys / parts; r < (part + 1) * kGroupKeys / parts; ++r)
       for (int64_t d = 0; d < p_.D; d += 32)
         _mm_prefetch(keys + r * p_.key_stride[2] + d, _MM_HINT_T1);

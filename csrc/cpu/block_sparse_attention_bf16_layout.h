@@ -75,6 +75,11 @@ inline const uint16_t* row(const void* base, const int64_t stride[3], int64_t b,
   return static_cast<const uint16_t*>(base) + b * stride[0] + h * stride[1] + t * stride[2];
 }
 
+inline const uint16_t* cached_row(const Params& p, const void* base, const int64_t stride[3],
+                                  int64_t b, int64_t h, int64_t t) {
+  return reinterpret_cast<const uint16_t*>(cached(p, base, stride, b, h, t));
+}
+
 int64_t packed_bytes(const Params& p) {
   return round_up(p.Tk, kGroupKeys) * padded_dv(p) * static_cast<int64_t>(sizeof(uint16_t));
 }
@@ -85,7 +90,9 @@ void pack(const Params& p, int64_t batch, int64_t kv_head, int64_t begin, int64_
     const int64_t n = lesser(kGroupKeys, p.Tk - g * kGroupKeys);
     transpose_values(
         p,
-        [&](int k) { return row(p.value, p.value_stride, batch, kv_head, g * kGroupKeys + k); },
+        [&](int k) {
+          return cached_row(p, p.value, p.value_stride, batch, kv_head, g * kGroupKeys + k);
+        },
         static_cast<int>(n),
         static_cast<uint16_t*>(packed) + g * kGroupKeys * padded_dv(p));
   }

@@ -24,7 +24,41 @@ inline int64_t tokens_of(const BlockSparseAttentionParams& p, const QueryTile& t
   return std::clamp<int64_t>(n, 0, std::max<int64_t>(reach, 0));
 }
 
-inline std::vector<Work> make_tiles(const BlockSparseAttentionParams& p) {
+// The parameters of each sequence: Tk is how many keys it has, block_table its row of the table.
+class Sequences {
+ public:
+  explicit Sequences(const BlockSparseAttentionParams& p) : all_(p) {
+    if (p.block_table == nullptr && p.kv_lengths == nullptr) return;
+    for (int64_t b = 0; b < p.B; ++b) {
+      BlockSparseAttentionParams& s = own_.emplace_back(p);
+      if (p.kv_lengths != nullptr) s.Tk = p.kv_lengths[b];
+      if (p.block_table != nullptr) s.block_table = p.block_table + b * p.block_table_stride;
+    }
+  }
+
+  const BlockSparseAttentionParams& operator[](int64_t batch) const {
+    return own_.empty() ? all_ : own_[batch];
+  }
+
+  // how many keys the longest has, and all together
+  int64_t longest() const {
+    int64_t n = own_.empty() ? all_.Tk : 0;
+    for (const auto& s : own_) n = std::max(n, s.Tk);
+    return n;
+  }
+  int64_t keys() const {
+    int64_t n = own_.empty() ? all_.B * all_.Tk : 0;
+    for (const auto& s : own_) n += s.Tk;
+    return n;
+  }
+
+ private:
+  const BlockSparseAttentionParams& all_;
+  std::vector<BlockSparseAttentionParams> own_;
+};
+
+inline std::vector<Work> make_tiles(const BlockSparseAttentionParams& p,
+                                    const Sequences& sequences) {
   const int64_t group = p.Hq / p.Hkv;
   const bool shared = p.K == 0 || p.Hi != p.Hq;
   int64_t step = p.K == 0 ? kMaxRows : p.q_block;
@@ -38,7 +72,7 @@ inline std::vector<Work> make_tiles(const BlockSparseAttentionParams& p) {
         for (int64_t q = 0; q < p.Tq; q += step) {
           const QueryTile t{b, kv, h, std::min(heads, (kv + 1) * group - h), q,
                             std::min(step, p.Tq - q)};
-          tiles.push_back({t, tokens_of(p, t)});
+          tiles.push_back({t, tokens_of(sequences[b], t)});
         }
   // longest first, so that no thread is left with a long row at the end
   std::stable_sort(tiles.begin(), tiles.end(),
@@ -76,12 +110,28 @@ inline void check_index(const BlockSparseAttentionParams& p) {
            " must be ascending, unique block ids in [0, ", blocks, ")");
 }
 
+// Reads what lies on the host before anything is computed from it.
+inline void check_cache_contents(const BlockSparseAttentionParams& p) {
+  for (int64_t b = 0; b < p.B; ++b) {
+    const int64_t n = p.kv_lengths == nullptr ? p.Tk : p.kv_lengths[b];
+    SA_CHECK(n >= 0 && n <= p.Tk, "kv_lengths: the value at [", b, "] is ", n,
+             ", expected 0 to the capacity, ", p.Tk);
+    if (p.block_table == nullptr) continue;
+    const int32_t* pages = p.block_table + b * p.block_table_stride;
+    for (int64_t i = 0; i << p.page_bits < n; ++i)
+      SA_CHECK(pages[i] >= 0 && pages[i] < p.pages, "block_table: the page at [", b, ", ", i,
+               "] is ", pages[i], " and in use, expected one in [0, ", p.pages, ")");
+  }
+}
+
 inline void check_cpu_call(const Tensor& query, const Tensor& key, const Tensor& value,
                            const Tensor& indices, const Tensor& counts, int64_t q_block,
                            int64_t kv_block, int64_t sink, int64_t window,
-                           std::optional<double> scale) {
+                           std::optional<double> scale, const KeyCache& cache = {}) {
   check_block_sparse_attention(query, key, value, indices, counts, q_block, kv_block, sink, window,
-                               scale);
+                               scale, cache);
+  for (const std::optional<Tensor>* t : {&cache.block_table, &cache.kv_lengths})
+    SA_CHECK(!t->has_value() || (*t)->is_cpu(), "block_table, kv_lengths: expected CPU tensors");
   for (const Tensor* t : {&query, &key, &value, &indices, &counts})
     SA_CHECK(t->is_cpu(), "query, key, value, indices, counts: expected CPU tensors");
 }
@@ -90,8 +140,8 @@ inline void check_cpu_call(const Tensor& query, const Tensor& key, const Tensor&
 inline BlockSparseAttentionParams make_params(
     const Tensor& query, const Tensor& key, const Tensor& value, const Tensor& indices,
     const Tensor& counts, int64_t q_block, int64_t kv_block, bool causal, int64_t sink,
-    int64_t window, std::optional<double> scale) {
-  auto p = block_sparse_attention_inputs(query, key, value, indices, counts, scale);
+    int64_t window, std::optional<double> scale, const KeyCache& cache = {}) {
+  auto p = block_sparse_attention_inputs(query, key, value, indices, counts, scale, cache);
   p.q_block = q_block, p.kv_block = kv_block, p.causal = causal;
   p.sink = std::min(sink, p.Tk), p.window = std::min(window, p.Tk + p.Tq);
   return p;

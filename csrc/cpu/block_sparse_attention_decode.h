@@ -131,8 +131,8 @@ class Decode {
   void find(const KeyGroup& g, Rows& keys, Rows& values) const {
     for (int k = 0; k < kGroupKeys; ++k) {
       const int64_t t = token(g, k);
-      keys[k] = element(p_.dtype, p_.key, p_.key_stride, tile_.batch, tile_.kv_head, t);
-      values[k] = element(p_.dtype, p_.value, p_.value_stride, tile_.batch, tile_.kv_head, t);
+      keys[k] = cached(p_, p_.key, p_.key_stride, tile_.batch, tile_.kv_head, t);
+      values[k] = cached(p_, p_.value, p_.value_stride, tile_.batch, tile_.kv_head, t);
     }
   }
 

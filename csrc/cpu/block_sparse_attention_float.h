@@ -112,13 +112,13 @@ class FloatTile {
   // Points keys_ and values_ at the rows of one group: in place where they are float already.
   void prepare(const KeyGroup& g, int slot) {
     const auto key = [&](int64_t t) {
-      return element(p_.dtype, p_.key, p_.key_stride, tile_.batch, tile_.kv_head, t);
+      return cached(p_, p_.key, p_.key_stride, tile_.batch, tile_.kv_head, t);
     };
     const auto value = [&](int64_t t) {
-      return element(p_.dtype, p_.value, p_.value_stride, tile_.batch, tile_.kv_head, t);
+      return cached(p_, p_.value, p_.value_stride, tile_.batch, tile_.kv_head, t);
     };
     span_of(g, &first_[slot], &last_[slot]);
-    if (g.tokens == nullptr && p_.dtype == DType::f32) {
+    if (in_one_piece(p_, g) && p_.dtype == DType::f32) {
       keys_[slot] = reinterpret_cast<const float*>(key(g.first));
       values_[slot] = reinterpret_cast<const float*>(value(g.first));
       key_stride_[slot] = p_.key_stride[2];

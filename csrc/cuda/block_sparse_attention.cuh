@@ -26,15 +26,16 @@ __device__ __forceinline__ void ask_for_keys(KeyQuestion& q,
                                              const BlockSparseAttentionCudaParams& p,
                                              const RowTile& rows) {
   const auto& c = p.call;
-  const int shift = static_cast<int>(c.Tk - c.Tq);
+  q.n_keys = static_cast<int>(c.Tk);
+  if (c.kv_lengths != nullptr) q.n_keys = min(max(c.kv_lengths[rows.batch], 0), q.n_keys);
+  const int shift = q.n_keys - static_cast<int>(c.Tq);
   const int64_t list_head = rows.first_head / (static_cast<int>(c.Hq) / static_cast<int>(c.Hi));
   const int32_t* count = c.counts + rows.batch * c.counts_stride[0] +
                          list_head * c.counts_stride[1] + rows.query_block * c.counts_stride[2];
   const int64_t most = min(c.K, (c.Tk + c.kv_block - 1) / c.kv_block);
   q.first_position = shift + rows.first_query;
   q.last_position = shift + rows.end_query - 1;
-  q.n_keys = static_cast<int>(c.Tk);
-  q.sink = static_cast<int>(min(c.sink, c.Tk));
+  q.sink = static_cast<int>(min(c.sink, int64_t{q.n_keys}));
   q.window = static_cast<int>(min(c.window, c.Tk));
   q.kv_block = static_cast<int>(c.kv_block);
   q.causal = c.causal;
@@ -81,18 +82,57 @@ __device__ __forceinline__ void load_query(typename C::Tile to, int64_t* offsets
   });
 }
 
-// Starts to copy the keys or values of `tokens`, rows of `dims` elements; zeros where there is no
-// key, and beyond `dims`.
+// Which row of the cache holds a token of a sequence, counted through its pages; -1 for none and
+// for a page that there is not: no table leads outside of the cache.
+__device__ __forceinline__ int row_in_pages(const BlockSparseAttentionParams& c, int64_t batch,
+                                            int token) {
+  if (token < 0) return -1;
+  const int bits = static_cast<int>(c.page_bits);
+  const int page = __ldg(c.block_table + batch * c.block_table_stride + (token >> bits));
+  return page >= 0 && page < c.pages ? page << bits | (token & ((1 << bits) - 1)) : -1;
+}
+
+// Rows of keys or values of one KV head: one after the other, or in pages.
+struct CachedRows {
+  const unsigned char* first;
+  int64_t page_bytes;
+  int32_t row_bytes;
+  int dims;
+};
+
 template <class C>
-__device__ __forceinline__ void copy_rows(typename C::Tile to, const typename C::T* from,
-                                          int32_t row_bytes, int dims, const int* tokens) {
-  const auto* bytes = reinterpret_cast<const unsigned char*>(from);
-  int token[C::kKeys];  // first all of them: reads of shared memory would wait for the copies
-  each_chunk<C, C::kKeys>([&](int i, int row, int) { token[i] = tokens[row]; });
-  each_chunk<C, C::kKeys>([&](int i, int row, int chunk) {
-    cp_async_16(to.at(row, chunk), bytes + int64_t{max(token[i], 0)} * row_bytes + chunk * 16,
-                token[i] >= 0 && chunk * 8 < dims);
-  });
+__device__ __forceinline__ CachedRows cached_rows(const BlockSparseAttentionCudaParams& p,
+                                                  const RowTile& rows, const void* base,
+                                                  const int64_t (&stride)[3], int32_t row_bytes,
+                                                  int64_t dims) {
+  const int64_t sequence = p.call.block_table == nullptr ? rows.batch * stride[0] : 0;
+  const auto* first = static_cast<const typename C::T*>(base) + sequence + rows.kv_head * stride[1];
+  return {reinterpret_cast<const unsigned char*>(first),
+          stride[0] * int64_t{sizeof(typename C::T)}, row_bytes, static_cast<int>(dims)};
+}
+
+// Starts to copy rows of keys or values; zeros for -1, and beyond their dimensions. `page_bits` is
+// 0 where they lie one after the other.
+template <class C>
+__device__ __forceinline__ void copy_rows(typename C::Tile to, const CachedRows& from,
+                                          int page_bits, const int* rows) {
+  int at[C::kKeys];  // first all of them: reads of shared memory would wait for the copies
+  each_chunk<C, C::kKeys>([&](int i, int row, int) { at[i] = rows[row]; });
+  const auto copy = [&](int i, int row, int chunk, int64_t offset) {
+    cp_async_16(to.at(row, chunk), from.first + offset + chunk * 16,
+                at[i] >= 0 && chunk * 8 < from.dims);
+  };
+  if (page_bits == 0) {
+    each_chunk<C, C::kKeys>([&](int i, int row, int chunk) {
+      copy(i, row, chunk, int64_t{max(at[i], 0)} * from.row_bytes);
+    });
+  } else {
+    each_chunk<C, C::kKeys>([&](int i, int row, int chunk) {
+      const int place = max(at[i], 0), in_page = place & ((1 << page_bits) - 1);
+      copy(i, row, chunk,
+           (place >> page_bits) * from.page_bytes + int64_t{in_page} * from.row_bytes);
+    });
+  }
 }
 
 // s = query key^T, of the warp's rows and keys.
@@ -196,17 +236,24 @@ __global__ void __launch_bounds__(AttentionConfig<T, kDim, kRows>::kThreads)
   const int end = static_cast<int>(int64_t{runs.n_tiles()} * (rows.split + 1) / p.splits);
 
   const auto& c = p.call;
-  const T* key = static_cast<const T*>(c.key) + rows.batch * c.key_stride[0] +
-                 rows.kv_head * c.key_stride[1];
-  const T* value = static_cast<const T*>(c.value) + rows.batch * c.value_stride[0] +
-                   rows.kv_head * c.value_stride[1];
+  const auto key = cached_rows<C>(p, rows, c.key, c.key_stride, p.key_row_bytes, c.D);
+  const auto value = cached_rows<C>(p, rows, c.value, c.value_stride, p.value_row_bytes, c.Dv);
+  const int page_bits = static_cast<int>(c.page_bits);
+  int* const places =  // of the tokens in the cache: the tokens themselves where there is no page
+      page_bits == 0 ? tokens : reinterpret_cast<int*>(memory + C::kTile.shared_bytes());
   const int thread = threadIdx.x;
   const auto tokens_of = [&](int tile) { return tokens + (tile & 1) * C::kKeys; };
+  const auto places_of = [&](int tile) { return places + (tile & 1) * C::kKeys; };
   const auto find_token = [&](int tile) {
     return thread < C::kKeys && tile < end ? runs.token(keys, tile, thread) : -1;
   };
-  const auto keep_token = [&](int tile, int token) {
-    if (thread < C::kKeys) tokens_of(tile)[thread] = token;
+  const auto find_place = [&](int token) {
+    return page_bits == 0 ? token : row_in_pages(c, rows.batch, token);
+  };
+  const auto keep_token = [&](int tile, int token, int place) {
+    if (thread >= C::kKeys) return;
+    tokens_of(tile)[thread] = token;
+    if (page_bits != 0) places_of(tile)[thread] = place;
   };
   // slots are filled in turn: keys of a tile, its values, keys of the next
   int filled = 0, used = 0;
@@ -216,14 +263,11 @@ __global__ void __launch_bounds__(AttentionConfig<T, kDim, kRows>::kThreads)
     return tile;
   };
   const auto copy_keys = [&](int tile) {
-    if (tile < end)
-      copy_rows<C>(next_slot(filled), key, p.key_row_bytes, static_cast<int>(c.D), tokens_of(tile));
+    if (tile < end) copy_rows<C>(next_slot(filled), key, page_bits, places_of(tile));
     cp_async_commit();
   };
   const auto copy_values = [&](int tile) {
-    if (tile < end)
-      copy_rows<C>(next_slot(filled), value, p.value_row_bytes, static_cast<int>(c.Dv),
-                   tokens_of(tile));
+    if (tile < end) copy_rows<C>(next_slot(filled), value, page_bits, places_of(tile));
     cp_async_commit();
   };
   // the oldest copy has landed, for all threads, and all have left the step before
@@ -232,8 +276,10 @@ __global__ void __launch_bounds__(AttentionConfig<T, kDim, kRows>::kThreads)
     __syncthreads();
   };
 
-  keep_token(begin, find_token(begin));
-  keep_token(begin + 1, find_token(begin + 1));
+  for (int tile = begin; tile < begin + 2; ++tile) {
+    const int token = find_token(tile);
+    keep_token(tile, token, find_place(token));
+  }
   __syncthreads();
   copy_keys(begin);
   copy_values(begin);
@@ -261,9 +307,9 @@ __global__ void __launch_bounds__(AttentionConfig<T, kDim, kRows>::kThreads)
     wait_for_slot();
     copy_values(tile + 1);
     // found here, kept after the products: nobody waits for the list
-    const int token = find_token(tile + 2);
+    const int token = find_token(tile + 2), place = find_place(token);
     multiply_weights_value<C>(acc, weights, next_slot(used), first_key);
-    keep_token(tile + 2, token);
+    keep_token(tile + 2, token, place);
   }
   softmax.finish();
   finish_rows<C>(p, rows, memory, acc, softmax, first_row, key_warp);

@@ -70,7 +70,7 @@ inline BlockSparseAttentionPlan plan_block_sparse_attention(const BlockSparseAtt
   }
   plan.launch.grid[0] = plan.tiles * plan.splits;
   plan.launch.block[0] = tile.threads();
-  plan.launch.shared_bytes = tile.shared_bytes();
+  plan.launch.shared_bytes = tile.shared_bytes(p.block_table != nullptr);
   return plan;
 }
 

@@ -32,6 +32,10 @@ struct AttentionTile {
   SA_HOST_DEVICE constexpr int shared_bytes() const {
     return query_bytes() + kStages * slot_bytes() + token_bytes() + kWorkBytes;
   }
+  // of a paged call: where the tokens lie comes after all else
+  SA_HOST_DEVICE constexpr int shared_bytes(bool paged) const {
+    return shared_bytes() + (paged ? token_bytes() : 0);
+  }
 };
 
 // Head dimensions a kernel exists for.

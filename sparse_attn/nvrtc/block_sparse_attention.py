@@ -25,6 +25,8 @@ class Call(ctypes.Structure):
         *((n, Int64) for n in ("B", "Hq", "Hkv", "Hi", "Tq", "Tk", "D", "Dv", "Mq", "K")),
         *((n, Int64) for n in ("q_block", "kv_block", "sink", "window")),
         ("scale", Float), ("causal", Bool), ("dtype", DType),
+        *((n, Pointer) for n in ("block_table", "kv_lengths")),
+        *((n, Int64) for n in ("block_table_stride", "pages", "page_bits")),
     ]  # fmt: skip
 
 
@@ -55,8 +57,8 @@ class Plan(NamedTuple):
     stats_bytes: int
 
 
-def params(query, key, value, indices, counts, q_block, kv_block, causal, sink, window, scale, out,
-           lse) -> Params:  # fmt: skip
+def params(query, key, value, indices, counts, q_block, kv_block, causal, sink, window, scale,
+           block_table, kv_lengths, out, lse) -> Params:  # fmt: skip
     named = {"query": query, "key": key, "value": value, "out": out, "indices": indices,
              "counts": counts}  # fmt: skip
     p = Params(call=Call(lse=lse.data_ptr(), **{n: x.data_ptr() for n, x in named.items()}))
@@ -68,6 +70,12 @@ def params(query, key, value, indices, counts, q_block, kv_block, causal, sink, 
     p.q_block, p.kv_block, p.sink, p.window = q_block, kv_block, sink, window
     p.scale = p.D**-0.5 if scale is None else scale
     p.causal, p.dtype = causal, launch.DTYPES[query.dtype]
+    if kv_lengths is not None:
+        p.kv_lengths = kv_lengths.data_ptr()
+    if block_table is not None:
+        p.block_table, p.block_table_stride = block_table.data_ptr(), block_table.stride(0)
+        p.pages, page_size = key.shape[0], key.shape[2]
+        p.page_bits, p.Tk = page_size.bit_length() - 1, block_table.shape[1] * page_size
     return p
 
 
@@ -94,7 +102,8 @@ def plan(p: Params, limits: DeviceLimits) -> Plan:
         parts = tiles * splits * used
         scratch = (-(-tiles * 4 // 16) * 16, parts * p.Dv * 4, parts * 8)
     warps = keys // 16 if rows == 16 else 4
-    shared = rows * dim * 2 + STAGES * keys * dim * 2 + 2 * keys * 4 + WORK_BYTES
+    tokens = 2 * keys * 4 * (2 if p.block_table else 1)
+    shared = rows * dim * 2 + STAGES * keys * dim * 2 + tokens + WORK_BYTES
     return Plan(
         LaunchPlan((tiles * splits, 1, 1), (32 * warps, 1, 1), shared),
         dim, rows, queries, heads, query_tiles, head_tiles, splits, tiles, *scratch,
@@ -113,12 +122,17 @@ def place(p: Params, found: Plan, memory: int) -> int:
 
 
 def block_sparse_attention(*args):
-    query, key, value, indices, *rest = op.bind(*args)
-    launch.same_device(query=query, key=key, value=value, indices=indices, counts=rest[0])
+    query, key, value, indices, *rest, block_table, kv_lengths = op.bind(*args)
+    cache = {"block_table": block_table, "kv_lengths": kv_lengths}
+    cache = {n: launch.last_dim_contiguous(x) for n, x in cache.items() if x is not None}
+    launch.same_device(query=query, key=key, value=value, indices=indices, counts=rest[0], **cache)
+    if block_table is not None and not all(map(launch.rows_are_aligned, (key, value))):
+        raise ValueError("key, value: pages must begin at multiples of 16 bytes")
     query, key, value = map(launch.aligned_rows, (query, key, value))
     indices = launch.last_dim_contiguous(indices)
     results = op.empty(query, key, value, indices, *rest)
-    p = params(query, key, value, indices, *rest, *results)
+    given = cache.get("block_table"), cache.get("kv_lengths")
+    p = params(query, key, value, indices, *rest, *given, *results)
     found = plan(p, launch.limits(query.device))
     workspace = torch.empty(place(p, found, 0), dtype=torch.uint8, device=query.device)
     place(p, found, workspace.data_ptr())

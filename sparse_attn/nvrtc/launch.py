@@ -58,13 +58,17 @@ def last_dim_contiguous(x: torch.Tensor) -> torch.Tensor:
     return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
 
 
-def aligned_rows(x: torch.Tensor) -> torch.Tensor:
-    """For kernels that load 16 bytes at a time and count rows in 32 bits: copied if need be."""
-    x = last_dim_contiguous(x)
+def rows_are_aligned(x: torch.Tensor) -> bool:
+    """For kernels that load 16 bytes at a time and count rows in 32 bits."""
     in_use = [stride for i, stride in enumerate(x.stride()[:3]) if x.shape[i] > 1]
-    fits = x.data_ptr() % 16 == 0 and all(stride % 8 == 0 for stride in in_use)
-    fits = fits and (x.shape[2] == 1 or x.stride(2) < 2**30)
-    return x if fits else x.clone(memory_format=torch.contiguous_format)
+    fits = (x.stride(3) == 1 or x.shape[3] == 1) and all(stride % 8 == 0 for stride in in_use)
+    return fits and x.data_ptr() % 16 == 0 and (x.shape[2] == 1 or x.stride(2) < 2**30)
+
+
+def aligned_rows(x: torch.Tensor) -> torch.Tensor:
+    """Copied unless its rows are aligned."""
+    x = last_dim_contiguous(x)
+    return x if rows_are_aligned(x) else x.clone(memory_format=torch.contiguous_format)
 
 
 @cache

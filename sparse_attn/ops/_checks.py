@@ -53,14 +53,14 @@ def heads(query: torch.Tensor, key: torch.Tensor) -> None:
         )
 
 
-def lengths(query: torch.Tensor, key: torch.Tensor) -> None:
+def lengths(n_queries: Any, n_keys: Any) -> None:
     """Kernels hold positions in 32 bits."""
     if torch.compiler.is_compiling():  # it would become a bound of an exported program's lengths
         return
-    if query.shape[2] + key.shape[2] >= MAX_TOKENS:
-        longer = "key" if key.shape[2] >= query.shape[2] else "query"
+    if n_queries + n_keys >= MAX_TOKENS:
+        longer = "key" if n_keys >= n_queries else "query"
         raise ValueError(
-            f"{longer}: {query.shape[2]} queries and {key.shape[2]} keys, "
+            f"{longer}: {n_queries} queries and {n_keys} keys, "
             f"expected less than {MAX_TOKENS} tokens together"
         )
 
@@ -73,7 +73,7 @@ def query_key(query: Any, key: Any) -> None:
     same("key", "batch size", key.shape[0], query.shape[0], "query")
     same("key", "head_dim", key.shape[3], query.shape[3], "query")
     heads(query, key)
-    lengths(query, key)
+    lengths(query.shape[2], key.shape[2])
 
 
 def query_key_value(query: Any, key: Any, value: Any) -> None:
@@ -84,6 +84,56 @@ def query_key_value(query: Any, key: Any, value: Any) -> None:
     same("value", "batch size", value.shape[0], query.shape[0], "query")
     same("value", "number of heads", value.shape[1], key.shape[1], "key")
     same("value", "length", value.shape[2], key.shape[2], "key")
+
+
+PAGE_SIZES = (16, 32, 64, 128)
+
+
+def cache(query: Any, key: Any, value: Any, block_table: Any = None, kv_lengths: Any = None) -> int:
+    """query and a cache of keys and values; returns how many keys a sequence has room for.
+
+    Without a block table key is [B, Hkv, Tk, D], with one [pages, Hkv, page_size, D]; value alike.
+    """
+    if block_table is None:
+        query_key_value(query, key, value)
+        capacity = key.shape[2]
+    else:
+        capacity = pages(query, key, value, block_table)
+    if kv_lengths is not None:
+        tensor("kv_lengths", kv_lengths, ("B",), (torch.int32,))
+        same("kv_lengths", "batch size", kv_lengths.shape[0], query.shape[0], "query")
+        on_device("kv_lengths", kv_lengths, query)
+    return capacity
+
+
+def pages(query: Any, key: Any, value: Any, block_table: Any) -> int:
+    """query [B, Hq, Tq, D], pages of keys and values, block_table [B, pages of a sequence]."""
+    tensor("query", query, ("B", "Hq", "Tq", "D"), DTYPES)
+    for name, x, dim in (("key", key, "D"), ("value", value, "Dv")):
+        tensor(name, x, ("pages", "Hkv", "page_size", dim), DTYPES)
+        like(name, x, query, "query")
+        if x.shape[2] not in PAGE_SIZES:
+            raise ValueError(f"{name}: page_size is {x.shape[2]}, expected one of {PAGE_SIZES}")
+        if x.stride(3) != 1 and x.shape[3] > 1:  # a copy of a whole cache is never wanted
+            raise ValueError(
+                f"{name}: strides {tuple(x.stride())}, pages need a contiguous last dimension"
+            )
+    same("key", "head_dim", key.shape[3], query.shape[3], "query")
+    same("value", "number of pages", value.shape[0], key.shape[0], "key")
+    same("value", "number of heads", value.shape[1], key.shape[1], "key")
+    same("value", "page_size", value.shape[2], key.shape[2], "key")
+    heads(query, key)
+    tensor("block_table", block_table, ("B", "pages"), (torch.int32,))
+    same("block_table", "batch size", block_table.shape[0], query.shape[0], "query")
+    on_device("block_table", block_table, query)
+    capacity = block_table.shape[1] * key.shape[2]
+    lengths(query.shape[2], capacity)
+    return capacity
+
+
+def on_device(name: str, x: torch.Tensor, query: torch.Tensor) -> None:
+    if x.device != query.device:
+        raise ValueError(f"{name}: device is {x.device}, expected {query.device} as query")
 
 
 def integer(name: str, x: Any) -> None:

@@ -12,12 +12,14 @@ from .block_sparse_attention import op as attend
 op = Op(
     "attention",
     '(Tensor query, Tensor key, Tensor value, str method, str options="{}", bool causal=True, '
-    "float? scale=None) -> (Tensor out, Tensor lse)",
+    "float? scale=None, Tensor? block_table=None, Tensor? kv_lengths=None) "
+    "-> (Tensor out, Tensor lse)",
 )
 
 
 @op.fake
-def _(query, key, value, method, options="{}", causal=True, scale=None):
+def _(query, key, value, method, options="{}", causal=True, scale=None, block_table=None,
+      kv_lengths=None):  # fmt: skip
     return fake_result(query, value)
 
 
@@ -39,18 +41,18 @@ def config_of(method, options):
 
 
 @op.validate
-def _(query, key, value, method, options, causal, scale):
-    check.query_key_value(query, key, value)
+def _(query, key, value, method, options, causal, scale, block_table, kv_lengths):
+    check.cache(query, key, value, block_table, kv_lengths)
     check.finite_scale(scale)
     config_of(method, options)
 
 
-def _run(backend, query, key, value, method, options, causal, scale):
+def _run(backend, query, key, value, method, options, causal, scale, block_table, kv_lengths):
     from ..api import attention
 
     return attention(
         query, key, value, config_of(method, options), causal=causal, scale=scale,
-        backend=backend, return_lse=True,
+        backend=backend, return_lse=True, block_table=block_table, kv_lengths=kv_lengths,
     )  # fmt: skip
 
 

@@ -10,7 +10,8 @@ from . import _checks as check
 op = Op(
     "block_sparse_attention",
     "(Tensor query, Tensor key, Tensor value, Tensor indices, Tensor counts, int q_block, "
-    "int kv_block, bool causal=True, SymInt sink=0, SymInt window=0, float? scale=None) "
+    "int kv_block, bool causal=True, SymInt sink=0, SymInt window=0, float? scale=None, "
+    "Tensor? block_table=None, Tensor? kv_lengths=None) "
     "-> (Tensor out, Tensor lse)",
 )
 
@@ -24,20 +25,20 @@ def fake_result(query, value):
 
 @op.fake
 def _(query, key, value, indices, counts, q_block, kv_block, causal=True, sink=0, window=0,
-      scale=None):  # fmt: skip
+      scale=None, block_table=None, kv_lengths=None):  # fmt: skip
     return fake_result(query, value)
 
 
 @op.validate
-def check_call(query, key, value, indices, counts, q_block, kv_block, causal, sink, window, scale):
-    check.query_key_value(query, key, value)
+def check_call(query, key, value, indices, counts, q_block, kv_block, causal, sink, window, scale,
+               block_table=None, kv_lengths=None):  # fmt: skip
+    check.cache(query, key, value, block_table, kv_lengths)
     check.block_size("q_block", q_block)
     check.block_size("kv_block", kv_block)
     check.tensor("indices", indices, ("B", "Hi", "Mq", "K"), (torch.int32,))
     check.tensor("counts", counts, ("B", "Hi", "Mq"), (torch.int32,))
     for name, x in (("indices", indices), ("counts", counts)):
-        if x.device != query.device:
-            raise ValueError(f"{name}: device is {x.device}, expected {query.device} as query")
+        check.on_device(name, x, query)
     check.same("indices", "batch size", indices.shape[0], query.shape[0], "query")
     if indices.shape[1] not in (1, key.shape[1], query.shape[1]):
         raise ValueError(
@@ -68,9 +69,16 @@ def _cuda_serves(query, key, value, *args):
     if any(d % 8 or d > 256 for d in dims):
         served = "served: multiples of 8 up to 256; triton takes others"
         return f"head_dim {dims[0]} and {dims[1]}, {served}"
-    longest = max(query.shape[2], key.shape[2])
+    block_table = args[8] if len(args) > 8 else None
+    keys = key.shape[2] if block_table is None else block_table.shape[1] * key.shape[2]
+    longest = max(query.shape[2], keys)
     if not torch.compiler.is_compiling() and longest >= 2**30:  # as in check.lengths
         return f"{longest} tokens, served: less than 2**30; triton takes more"
+    if block_table is not None:
+        if any(stride % 8 for x in (key, value) for stride in x.stride()[:3]):
+            return "pages whose rows do not start at multiples of 16 bytes; triton takes them"
+        if not torch.compiler.is_compiling() and key.shape[0] * key.shape[2] >= 2**31:
+            return "pages for 2**31 tokens or more; triton takes more"
     return check.cuda_kernels_serve(query)
 
 

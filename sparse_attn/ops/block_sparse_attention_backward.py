@@ -38,8 +38,7 @@ def _(grad_out, grad_lse, query, key, value, out, lse, *index_and_options):
             continue
         check.tensor(name, x, ("B", "Hq", "Tq"), (expected,))
         check.same(name, "shape", tuple(x.shape), shape[:3], "query")
-        if x.device != query.device:
-            raise ValueError(f"{name}: device is {x.device}, expected {query.device} as query")
+        check.on_device(name, x, query)
 
 
 def _triton_serves(grad_out, grad_lse, query, key, value, *args):
@@ -54,18 +53,24 @@ op.no_grad("There is no second derivative of sparse attention.")
 
 def _save(ctx, inputs, output):
     query, key, value, indices, counts, *options = inputs
-    ctx.options = options
+    ctx.given, ctx.options = len(inputs), options[:6]
+    ctx.cached = any(x is not None for x in options[6:])
     ctx.save_for_backward(query, key, value, *output, indices, counts)
     ctx.set_materialize_grads(False)  # grad_lse is mostly not there
 
 
 def _backward(backend, ctx, grad_out, grad_lse):
+    if ctx.cached:
+        raise NotImplementedError(
+            "sparse_attn::block_sparse_attention has no gradient with block_table or kv_lengths: "
+            "call it on contiguous keys and values without them, or detach the inputs"
+        )
     grads = (None, None, None)
     if grad_out is not None or grad_lse is not None:
         if grad_out is None:
             grad_out = torch.zeros_like(ctx.saved_tensors[3])
         grads = op.prefer(backend, grad_out, grad_lse, *ctx.saved_tensors, *ctx.options)
-    return *grads, *[None] * (2 + len(ctx.options))
+    return *grads, *[None] * (ctx.given - 3)
 
 
 attend.autograd(_save, _backward)

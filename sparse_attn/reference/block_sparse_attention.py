@@ -25,10 +25,11 @@ def token_mask(
     causal: bool,
     sink: int,
     window: int,
+    lengths: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Which keys each of `queries` attends to: bool [B, Hq, queries, Tk].
 
-    `shape` is (Hq, Hkv, Tq, Tk).
+    `shape` is (Hq, Hkv, Tq, Tk); `lengths` [B] how many of the Tk keys each sequence has.
     """
     n_query_heads, _, n_queries, n_keys = shape
     device = indices.device
@@ -37,9 +38,17 @@ def token_mask(
     blocks = blocks.repeat_interleave(n_query_heads // blocks.shape[1], dim=1)
     key = torch.arange(n_keys, device=device)
     mask = blocks[:, :, query // q_block][..., key // kv_block]
-    position = (n_keys - n_queries + query)[:, None]
+    end = n_keys if lengths is None else lengths[:, None, None, None]
+    position = end - n_queries + query[:, None]
     mask = mask | (key < sink) | ((key > position - window) & (key <= position))
+    mask = mask & (key < end)
     return mask & (key <= position) if causal else mask
+
+
+def in_one_piece(pages: torch.Tensor, block_table: torch.Tensor) -> torch.Tensor:
+    """Pages [pages, Hkv, page_size, D] as [B, Hkv, capacity, D]; a wrong page as some other."""
+    table = block_table.long().clamp(0, pages.shape[0] - 1)
+    return pages[table].transpose(1, 2).flatten(2, 3)
 
 
 def block_sparse_attention(
@@ -54,8 +63,16 @@ def block_sparse_attention(
     sink: int = 0,
     window: int = 0,
     scale: float | None = None,
+    block_table: torch.Tensor | None = None,
+    kv_lengths: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Attention over listed blocks, sink and window; float64 inputs are computed in float64."""
+    check_cache(key, block_table, kv_lengths)
+    if block_table is not None:
+        key, value = (in_one_piece(x, block_table) for x in (key, value))
+    if kv_lengths is not None:  # what lies beyond may be NaN
+        beyond = torch.arange(key.shape[2], device=key.device) >= kv_lengths[:, None]
+        key, value = (x.masked_fill(beyond[:, None, :, None], 0) for x in (key, value))
     check_index(indices, counts, -(-key.shape[2] // kv_block))
     batch, n_query_heads, n_queries, head_dim = query.shape
     n_key_heads, n_keys = key.shape[1:3]
@@ -71,7 +88,7 @@ def block_sparse_attention(
         part = slice(start, min(start + rows, n_queries))
         mask = token_mask(
             indices, counts, part, (n_query_heads, n_key_heads, n_queries, n_keys),
-            q_block, kv_block, causal, sink, window,
+            q_block, kv_block, causal, sink, window, kv_lengths,
         )  # fmt: skip
         scores = (query[:, :, part].to(dtype) @ keys.mT) * scale
         scores = scores.masked_fill(~mask, -torch.inf)
@@ -96,3 +113,20 @@ def check_index(indices: torch.Tensor, counts: torch.Tensor, n_blocks: int) -> N
     previous = torch.cat([torch.full_like(indices[..., :1], -1), indices[..., :-1]], dim=-1)
     if (listed & ((indices <= previous) | (indices >= n_blocks))).any():
         raise RuntimeError(f"indices: rows must be ascending, unique block ids in [0, {n_blocks})")
+
+
+def check_cache(
+    key: torch.Tensor, block_table: torch.Tensor | None, kv_lengths: torch.Tensor | None
+) -> None:
+    """Raises unless lengths fit the cache and the pages in use exist."""
+    capacity = key.shape[2] if block_table is None else block_table.shape[1] * key.shape[2]
+    if kv_lengths is not None and ((kv_lengths < 0) | (kv_lengths > capacity)).any():
+        raise RuntimeError(f"kv_lengths: a value is not in [0, {capacity}], the capacity")
+    if block_table is None:
+        return
+    wrong = (block_table < 0) | (block_table >= key.shape[0])
+    if kv_lengths is not None:
+        first = torch.arange(block_table.shape[1], device=key.device) * key.shape[2]
+        wrong = wrong & (first < kv_lengths[:, None])
+    if wrong.any():
+        raise RuntimeError(f"block_table: a page in use is not in [0, {key.shape[0]})")

@@ -115,7 +115,7 @@ def test_the_shapes_lead_to_every_kernel_of_cuda():
     plans = {}
     for tile, shape in CUDA_SHAPES.items():
         args = (*inputs(shape, torch.float16), *index(shape), True, 0, 0, None)
-        p = nvrtc.params(*args, *op.empty(*args))
+        p = nvrtc.params(*op.bind(*args), *op.empty(*args))
         plans[tile] = nvrtc.plan(p, DeviceLimits(4, 163 * 1024))  # as in tests/simt/ops/common.h
     assert all((plan.dim, plan.rows) == tile for tile, plan in plans.items())
     assert {plan.rows for plan in plans.values() if plan.splits > 1} >= {16, 128}

@@ -24,6 +24,14 @@ BlockSparseAttentionParams call_of(const simt::Arguments& a) {
   p.sink = integer("sink"), p.window = integer("window"), p.causal = integer("causal") != 0;
   p.scale = static_cast<float>(a.number("scale", 1 / std::sqrt(static_cast<double>(p.D))));
   p.dtype = dtype(a);
+  p.kv_lengths = optional<int32_t>(a, "kv_lengths");
+  p.block_table = optional<int32_t>(a, "block_table");
+  if (p.block_table != nullptr) {
+    const auto& table = a.tensor("block_table");
+    p.block_table_stride = table.strides[0], p.pages = key.sizes[0];
+    while (key.sizes[2] >> p.page_bits > 1) ++p.page_bits;
+    p.Tk = table.sizes[1] << p.page_bits;
+  }
   return p;
 }
 

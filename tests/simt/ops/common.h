@@ -22,6 +22,12 @@ inline simt::Index3 index3(const int64_t (&n)[3]) {
   return {static_cast<uint32_t>(n[0]), static_cast<uint32_t>(n[1]), static_cast<uint32_t>(n[2])};
 }
 
+// An input that may be left out.
+template <class T>
+const T* optional(const simt::Arguments& a, const char* name) {
+  return a.tensors.count(name) == 0 ? nullptr : a.pointer<T>(name);
+}
+
 template <auto kKernel, class P>
 void launch(const simt::Arguments& a, const LaunchPlan& plan, const P& p) {
   simt::launch<kKernel>(a, index3(plan.grid), index3(plan.block),
