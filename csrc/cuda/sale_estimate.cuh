@@ -72,8 +72,11 @@ __global__ void __launch_bounds__(kPrepareThreads)
     sale_pad_kernel(const __grid_constant__ SaleEstimateCudaParams p) {
   const int64_t i = int64_t{blockIdx.x} * kPrepareThreads + threadIdx.x;
   const int64_t row = i / p.row_bytes, byte = i % p.row_bytes;
-  if (row >= p.B * p.Hkv * p.Tk) return;
-  p.padded[i] = byte < p.D / 2 ? p.key[row * (p.D / 2) + byte] : uint8_t{0};
+  const int64_t head = row / p.Tk;
+  if (head >= p.B * p.Hkv) return;
+  const uint8_t* const from = p.key + head / p.Hkv * p.key_stride[0] +
+                              head % p.Hkv * p.key_stride[1] + row % p.Tk * p.key_stride[2];
+  p.padded[i] = byte < p.D / 2 ? from[byte] : uint8_t{0};
 }
 
 // One of two stages in shared memory.
@@ -98,16 +101,19 @@ struct EstimateStage {
   // Starts to copy the stage's keys, and the records of the warp's head where there is one.
   __device__ __forceinline__ void copy(const SaleEstimateCudaParams& p, int64_t kv, int64_t head,
                                        int index, bool has_unit) const {
-    const uint8_t* const from = p.D % 32 == 0 ? p.key : p.padded;
+    const bool padded = p.D % 32 != 0;
     const int row_bytes = static_cast<int>(p.row_bytes);
+    const int64_t stride = padded ? p.row_bytes : p.key_stride[2];
+    const uint8_t* const from =
+        padded ? p.padded + kv * p.Tk * stride
+               : p.key + kv / p.Hkv * p.key_stride[0] + kv % p.Hkv * p.key_stride[1];
 #pragma unroll
     for (int i = 0; i < kStageKeys * kWords / kEstimateThreads; ++i) {
       const int at = i * kEstimateThreads + static_cast<int>(threadIdx.x);
       const int row = at / kWords, chunk = at % kWords;
       const int64_t token = int64_t{index} * kStageKeys + row;
       const bool valid = token < p.Tk && chunk * 16 < row_bytes;
-      cp_async_16(key(row, chunk), from + (valid ? (kv * p.Tk + token) * row_bytes + chunk * 16 : 0),
-                  valid);
+      cp_async_16(key(row, chunk), from + (valid ? token * stride + chunk * 16 : 0), valid);
     }
     if (!has_unit) return;
     const int first = index * kBlocks;
@@ -144,6 +150,8 @@ struct EstimateUnit {
     const int g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
     const int n_queries = static_cast<int>(p.Tq), bytes = static_cast<int>(p.D / 2);
     const int64_t tiles = (p.Tq + 15) / 16;
+    const uint8_t* const query =
+        p.query + head / p.Hq * p.query_stride[0] + head % p.Hq * p.query_stride[1];
     int most = 0;
 #pragma unroll
     for (int m = 0; m < 4; ++m) {
@@ -154,14 +162,13 @@ struct EstimateUnit {
       uint32_t words[2][kWords];
 #pragma unroll
       for (int h = 0; h < 2; ++h) {
-        const int64_t at = head * p.Tq + row[h];
+        const uint8_t* const from = query + row[h] * p.query_stride[2];
 #pragma unroll
         for (int i = 0; i < kWords; ++i) {
           const int byte = word_place<kWords>(t, i) * 4;
-          words[h][i] =
-              byte < bytes ? *reinterpret_cast<const uint32_t*>(p.query + at * bytes + byte) : 0;
+          words[h][i] = byte < bytes ? *reinterpret_cast<const uint32_t*>(from + byte) : 0;
         }
-        const float bar = p.theta[at];
+        const float bar = p.theta[head * p.Tq + row[h]];
         if (t == 0) rows.theta[m / 2][g][m % 2 * 2 + h] = fabsf(bar) < kSmallestNormal ? 0.f : bar;
       }
       int sum[2];

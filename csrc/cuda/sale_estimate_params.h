@@ -11,27 +11,16 @@ constexpr int kRecordExtra = 8;  // numbers of a record beside one per key
 constexpr int kPrepareThreads = 128, kListThreads = 128;
 constexpr int kUnitBytes = 640;  // of shared memory, what a warp keeps of its rows
 
-// Every tensor is contiguous; the rows of `key` begin at multiples of 16 bytes.
-struct SaleEstimateCudaParams {
-  const uint8_t* query;     // [B, Hq, Tq, D / 2]
-  const float* query_step;  // [B, Hq, 8 ceil(Tq / 16)]
-  const uint8_t* key;       // [B, Hkv, Tk, D / 2]
-  const float* key_step;    // [B, Hkv, 4 Nk]
-  const float* key_bias;    // [B, Hq, Tk]
-  const float* theta;       // [B, Hq, Tq]
-  int32_t* indices;         // [B, Hq, Mq, Nk]
-  int32_t* counts;          // [B, Hq, Mq]
+// Rows of `query` begin at multiples of 4 bytes, of `key` of 16.
+struct SaleEstimateCudaParams : SaleEstimateParams {
   // scratch
   float* records;    // [B, Hq, Nk, kv_block + kRecordExtra], see sale_prepare_kernel
   float* inverse;    // [B, Hq, 8 ceil(Tq / 16)] one by the steps of queries
   uint8_t* padded;   // [B, Hkv, Tk, row_bytes] the keys, where D / 2 is no multiple of 16
   uint32_t* mask;    // [B, Hq, mask_rows, words] bit i of word w: whether block 32 w + i is kept
-  int64_t B, Hq, Hkv, Tq, Tk, D, Mq, Nk;
-  int64_t q_block, kv_block;
-  int64_t sink_blocks, local_blocks;  // of the reference region, at most
-  int64_t row_bytes;                  // of a key's codes, padded
-  int64_t units;                      // of a KV head: 64 queries of one query head each
-  int64_t splits;                     // blocks of threads that share the keys of four units
+  int64_t row_bytes;  // of a key's codes, padded
+  int64_t units;      // of a KV head: 64 queries of one query head each
+  int64_t splits;     // blocks of threads that share the keys of four units
   int64_t mask_rows, words;
 };
 

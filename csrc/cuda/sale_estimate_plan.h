@@ -1,7 +1,5 @@
 // How sale_estimate is launched, and the scratch memory that it needs.
 #pragma once
-#include <algorithm>
-
 #include "plan.h"
 #include "sale_estimate_params.h"
 
@@ -15,14 +13,8 @@ struct SaleEstimatePlan {
   bool pads() const { return pad.grid[0] > 0; }
 };
 
-// Completes the sizes in p from the shapes and the reference region in tokens.
-static inline void size_sale_estimate(SaleEstimateCudaParams& p, int64_t local, int64_t sink,
-                                      const DeviceLimits& limits) {
-  const auto blocks = [&](int64_t tokens) {
-    return ceil_div(tokens < p.Tk ? tokens : p.Tk, p.kv_block);
-  };
-  p.Mq = ceil_div(p.Tq, p.q_block), p.Nk = ceil_div(p.Tk, p.kv_block);
-  p.local_blocks = blocks(local), p.sink_blocks = blocks(sink);
+// Completes the sizes in p.
+static inline void size_sale_estimate(SaleEstimateCudaParams& p, const DeviceLimits& limits) {
   p.row_bytes = ceil_div(p.D, 32) * 16;
   p.units = ceil_div(p.Tq, kUnitRows) * (p.Hq / p.Hkv);
   p.mask_rows = ceil_div(p.Tq, p.q_block < kUnitRows ? p.q_block : kUnitRows);

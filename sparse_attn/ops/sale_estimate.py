@@ -56,6 +56,14 @@ def _(query_packed, query_step, key_packed, key_step, key_bias, theta, q_block, 
         sale.check_device(name, x, query_packed, "query_packed")
 
 
+def _cuda_serves(query_packed, *args):
+    dim = 2 * query_packed.shape[3]
+    if dim > 256 or dim % 8 != 0:
+        return f"head_dim {dim}, served are multiples of 8 up to 256"
+    return check.cuda_kernels_run(query_packed)
+
+
+op.impl("cuda", device="cuda", when=_cuda_serves)
 op.impl("reference", device="any")
 op.autocast(0)  # casts nothing, keeps autocast out of what is exact
 op.no_grad("A selection has no gradient: call it on detached tensors.")

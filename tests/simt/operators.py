@@ -13,23 +13,26 @@ from typing import Any
 
 import torch
 
-from sparse_attn.nvrtc.launch import DTYPES, aligned_rows, last_dim_contiguous
+from sparse_attn.nvrtc.launch import DTYPES, aligned_bytes, aligned_rows, last_dim_contiguous
 from sparse_attn.registry import NS, OPS, Op
 
 from . import HERE, run
 
-ROWS_OF_16_BYTES = ("block_sparse_attention", "flex_prefill_select")
+ROWS_OF_16_BYTES = ("block_sparse_attention", "flex_prefill_select", "sale_quantize")
+POISON = {torch.int32: -0x55555556, torch.uint8: 0xAA}
 LIBRARY = torch.library.Library(NS, "IMPL")
 _seed = 0
 
 
 def poisoned(x: torch.Tensor) -> torch.Tensor:
     """A tensor of the same kind that shows where no kernel has written."""
-    return torch.full_like(x, torch.nan if x.is_floating_point() else -0x55555556)
+    return torch.full_like(x, torch.nan if x.is_floating_point() else POISON[x.dtype])
 
 
 def as_bound(op: Op, x: torch.Tensor) -> torch.Tensor:
     """The tensor that a binding passes on: copied where the kernels cannot read it in place."""
+    if op.name == "sale_estimate":
+        return aligned_bytes(x) if x.dtype == torch.uint8 else x.contiguous()
     if x.dim() != 4:
         return x
     rows = op.name in ROWS_OF_16_BYTES and x.is_floating_point()
@@ -42,7 +45,7 @@ def arguments(op: Op, *args: Any) -> tuple[dict, dict, dict]:
     values = {a.name: x for a, x in zip(schema.arguments, op.bind(*args), strict=True)}
     inputs = {k: as_bound(op, x) for k, x in values.items() if isinstance(x, torch.Tensor)}
     numbers = {k: x for k, x in values.items() if isinstance(x, (bool, int, float))}
-    numbers["dtype"] = DTYPES[next(iter(inputs.values())).dtype]
+    numbers["dtype"] = DTYPES.get(next(iter(inputs.values())).dtype, 0)
     outputs = {r.name: poisoned(x) for r, x in zip(schema.returns, op.empty(*args), strict=True)}
     return inputs, outputs, numbers
 
