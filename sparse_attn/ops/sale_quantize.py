@@ -40,6 +40,13 @@ def _(x, mean, group, block):
         sale.check_device("mean", mean, x, "x")
 
 
+def _cuda_serves(x, *args):
+    if x.shape[3] > 256 or x.shape[3] % 8 != 0:
+        return f"head_dim {x.shape[3]}, served are multiples of 8 up to 256"
+    return check.cuda_kernels_serve(x)
+
+
+op.impl("cuda", device="cuda", when=_cuda_serves)
 op.impl("reference", device="any")
 op.autocast(1)
 op.no_grad("A selection has no gradient: call it on detached tensors.")

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from sparse_attn.nvrtc.launch import DTYPES, aligned_bytes, aligned_rows, last_dim_contiguous
+from sparse_attn.ops._sale import GROUPS
 from sparse_attn.registry import NS, OPS, Op
 
 from . import HERE, run
@@ -45,6 +46,8 @@ def arguments(op: Op, *args: Any) -> tuple[dict, dict, dict]:
     values = {a.name: x for a, x in zip(schema.arguments, op.bind(*args), strict=True)}
     inputs = {k: as_bound(op, x) for k, x in values.items() if isinstance(x, torch.Tensor)}
     numbers = {k: x for k, x in values.items() if isinstance(x, (bool, int, float))}
+    if values.get("group") is not None:  # of sale_quantize: SaleGroup in csrc/common/params.h
+        numbers["group"] = GROUPS.index(values["group"])
     numbers["dtype"] = DTYPES.get(next(iter(inputs.values())).dtype, 0)
     outputs = {r.name: poisoned(x) for r, x in zip(schema.returns, op.empty(*args), strict=True)}
     return inputs, outputs, numbers
