@@ -56,6 +56,7 @@ def _(query_packed, query_step, key_packed, key_step, key_bias, theta, q_block, 
         sale.check_device(name, x, query_packed, "query_packed")
 
 
+op.impl("cpp", device="cpu")
 op.impl("reference", device="any")
 op.autocast(0)  # casts nothing, keeps autocast out of what is exact
 op.no_grad("A selection has no gradient: call it on detached tensors.")

@@ -40,6 +40,7 @@ def _(x, mean, group, block):
         sale.check_device("mean", mean, x, "x")
 
 
+op.impl("cpp", device="cpu", when=check.not_float64)
 op.impl("reference", device="any")
 op.autocast(1)
 op.no_grad("A selection has no gradient: call it on detached tensors.")

@@ -14,7 +14,7 @@ from tests.cases import CUDA, Shape, call, opcheck
 from tests.cases import RUNS as ALL
 from tests.cases import inputs as random_inputs
 
-BACKENDS = ("reference",)  # a backend that has a kernel adds its name
+BACKENDS = ("reference", "cpp")  # a backend that has a kernel adds its name
 RUNS = [run for run in [*ALL, CUDA[-1]] if run[0] in BACKENDS]
 KERNELS = [run for run in RUNS if run[0] != "reference"]
 
