@@ -47,6 +47,7 @@ class Grid(NamedTuple):
 
 def grid(n_queries, n_keys, q_block, kv_block, local, sink, device) -> Grid:
     """The geometry of every query block; `local` and `sink` in tokens."""
+    local, sink = (min(tokens, n_keys + 128) for tokens in (local, sink))  # nothing overflows
     first = n_keys - n_queries + torch.arange(0, n_queries, q_block, device=device)
     last = (first + q_block - 1).clamp(max=n_keys - 1)
     seen = torch.where(last >= 0, last // kv_block + 1, 0)
@@ -58,8 +59,8 @@ def grid(n_queries, n_keys, q_block, kv_block, local, sink, device) -> Grid:
 def reference_lists(n_queries, n_keys, q_block, kv_block, local, sink, device):
     """The reference region as (indices, counts) of one head, [1, 1, Mq, K] and [1, 1, Mq]."""
     g = grid(n_queries, n_keys, q_block, kv_block, local, sink, device)
-    most = sum((n + kv_block - 1) // kv_block for n in (sink, local, q_block + kv_block - 2))
-    place = torch.arange(min(most, (n_keys + kv_block - 1) // kv_block), device=device)
+    blocks = [(n + kv_block - 1) // kv_block for n in (n_keys, sink, local, q_block + kv_block - 2)]
+    place = torch.arange(min(blocks[0], sum(blocks[1:])), device=device)
     sinks = g.sink[:, None]
     indices = torch.where(place < sinks, place, g.local[:, None] + place - sinks)
     counts = g.sink + g.seen - g.local

@@ -64,6 +64,7 @@ def _cuda_serves(query_packed, *args):
 
 
 op.impl("cuda", device="cuda", when=_cuda_serves)
+op.impl("cpp", device="cpu")
 op.impl("reference", device="any")
 op.autocast(0)  # casts nothing, keeps autocast out of what is exact
 op.no_grad("A selection has no gradient: call it on detached tensors.")

@@ -47,6 +47,7 @@ def _cuda_serves(x, *args):
 
 
 op.impl("cuda", device="cuda", when=_cuda_serves)
+op.impl("cpp", device="cpu", when=check.not_float64)
 op.impl("reference", device="any")
 op.autocast(1)
 op.no_grad("A selection has no gradient: call it on detached tensors.")

@@ -80,7 +80,7 @@ def sale_estimate(
 
 
 def reciprocal(step: torch.Tensor) -> torch.Tensor:
-    return (1 / step).masked_fill(step == 0, 0)
+    return (torch.ones_like(step) / step).masked_fill(step == 0, 0)
 
 
 def kept_pairs(query, q_step, key, k_step, bias, theta):

@@ -49,8 +49,9 @@ def sale_quantize(
     largest.scatter_reduce_(2, place.expand(batch, heads, -1), bits, "amax")
     m = largest.view(torch.float32)
     zero, strange = m < SMALLEST, ~(m <= LARGEST_FINITE)
-    step = (m / 7).masked_fill(zero, 0).masked_fill(strange, torch.nan)
-    inverse = (7 / m).masked_fill(zero | strange, 0)
+    seven = torch.full_like(m, 7)  # by a number PyTorch divides in two roundings
+    step = (m / seven).masked_fill(zero, 0).masked_fill(strange, torch.nan)
+    inverse = (seven / m).masked_fill(zero | strange, 0)
     codes = torch.round(c * inverse[..., place, None]).nan_to_num(0, 0, 0).to(torch.int32)
     low, high = codes[..., : dim // 2], codes[..., dim // 2 :]
     packed = ((low & 15) | ((high & 15) << 4)).to(torch.uint8)
