@@ -9,6 +9,10 @@ struct SaleQuantizePlan {
   LaunchPlan sum, mean, code;  // a given mean: nothing to sum, no blocks
 };
 
+static inline void size_sale_quantize(SaleQuantizeCudaParams& p) {
+  p.chunks = p.mean_given ? 0 : ceil_div(p.T, kChunkTokens);
+}
+
 static inline SaleQuantizePlan plan_sale_quantize(const SaleQuantizeCudaParams& p) {
   const auto launch = [](int64_t blocks, int64_t threads, int64_t shared_bytes) {
     LaunchPlan plan;
@@ -23,9 +27,8 @@ static inline SaleQuantizePlan plan_sale_quantize(const SaleQuantizeCudaParams& 
   return plan;
 }
 
-// Gives the scratch memory to p, after its sizes; returns the bytes of that.
+// Gives the scratch memory to p; returns the bytes of that.
 static inline int64_t place_sale_quantize_buffers(SaleQuantizeCudaParams& p, char* memory) {
-  p.chunks = p.mean_given ? 0 : ceil_div(p.T, kChunkTokens);
   const int64_t floors = round_up(p.B * p.H * 4, 16);
   p.floor = reinterpret_cast<float*>(memory);
   p.partial = reinterpret_cast<float*>(memory + floors);

@@ -63,6 +63,12 @@ def _cuda_serves(query_packed, *args):
     return check.cuda_kernels_run(query_packed)
 
 
+def _triton_serves(query_packed, *args):
+    dim = 2 * query_packed.shape[3]
+    return dim <= 256 or f"head_dim {dim}, served up to 256"
+
+
+op.impl("triton", device="cuda", when=_triton_serves)
 op.impl("cuda", device="cuda", when=_cuda_serves)
 op.impl("cpp", device="cpu")
 op.impl("reference", device="any")

@@ -46,6 +46,13 @@ def _cuda_serves(x, *args):
     return check.cuda_kernels_serve(x)
 
 
+def _triton_serves(x, *args):
+    if x.shape[3] > 256:
+        return f"head_dim {x.shape[3]}, served up to 256"
+    return check.not_float64(x)
+
+
+op.impl("triton", device="cuda", when=_triton_serves)
 op.impl("cuda", device="cuda", when=_cuda_serves)
 op.impl("cpp", device="cpu", when=check.not_float64)
 op.impl("reference", device="any")

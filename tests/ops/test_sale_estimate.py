@@ -14,7 +14,7 @@ from tests.cases import CUDA, Shape, call, opcheck
 from tests.cases import RUNS as ALL
 from tests.cases import inputs as random_inputs
 
-BACKENDS = ("reference", "cpp", "cuda")  # a backend that has a kernel adds its name
+BACKENDS = ("reference", "cpp", "triton", "cuda")  # a backend that has a kernel adds its name
 # in the executor an odd seed has the products of GPUs up to sm_89, an even one those of later ones
 RUNS = [run for run in [*ALL, *CUDA[-2:]] if run[0] in BACKENDS]
 KERNELS = [run for run in RUNS if run[0] != "reference"]

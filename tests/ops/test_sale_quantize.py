@@ -12,7 +12,7 @@ from tests.cases import CUDA, DTYPES, Shape, call, opcheck
 from tests.cases import RUNS as ALL
 from tests.cases import inputs as random_inputs
 
-BACKENDS = ("reference", "cpp", "cuda")  # a backend that has a kernel adds its name
+BACKENDS = ("reference", "cpp", "triton", "cuda")  # a backend that has a kernel adds its name
 RUNS = [run for run in [*ALL, CUDA[-1]] if run[0] in BACKENDS]
 KERNELS = [run for run in RUNS if run[0] != "reference"]
 GROUPS = [("query", 32), ("key", 32), ("key", 16), ("key", 64), ("token", 32)]

@@ -21,6 +21,7 @@ from . import HERE, run
 
 ROWS_OF_16_BYTES = ("block_sparse_attention", "flex_prefill_select", "sale_quantize")
 POISON = {torch.int32: -0x55555556, torch.uint8: 0xAA}
+CONTIGUOUS_VECTORS = ("sale_estimate", "sale_quantize")
 LIBRARY = torch.library.Library(NS, "IMPL")
 _seed = 0
 
@@ -32,10 +33,10 @@ def poisoned(x: torch.Tensor) -> torch.Tensor:
 
 def as_bound(op: Op, x: torch.Tensor) -> torch.Tensor:
     """The tensor that a binding passes on: copied where the kernels cannot read it in place."""
-    if op.name == "sale_estimate":
-        return aligned_bytes(x) if x.dtype == torch.uint8 else x.contiguous()
     if x.dim() != 4:
-        return x
+        return x.contiguous() if op.name in CONTIGUOUS_VECTORS else x
+    if x.dtype == torch.uint8:
+        return aligned_bytes(x)
     rows = op.name in ROWS_OF_16_BYTES and x.is_floating_point()
     return aligned_rows(x) if rows else last_dim_contiguous(x)
 

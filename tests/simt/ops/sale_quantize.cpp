@@ -18,6 +18,7 @@ SaleQuantizeCudaParams params(const simt::Arguments& a) {
   p.group = static_cast<SaleGroup>(a.number("group"));
   p.mean_given = a.tensors.count("mean") > 0;
   p.dtype = dtype(a);
+  size_sale_quantize(p);
   return p;
 }
 
