@@ -118,23 +118,33 @@ def planned(arch: str, quick: bool) -> dict[str, dict[str, tuple[int, int]]]:
     return found
 
 
-def compile_kernels(op: str, arch: str, kernels: dict[str, tuple[int, int]]) -> list[Row]:
-    """Registers, spills and static shared memory as ptxas reports them."""
+def build(op: str, arch: str, names: list[str], cubin: Path) -> str:
+    """Compiles the named kernels of an operator; returns what ptxas says of them, demangled."""
     source = import_module("sparse_attn.nvrtc.source")
-    names = sorted(kernels)
     uses = "".join(f"auto* f{i} = &sparse_attn::{name};\n" for i, name in enumerate(names))
-    with tempfile.TemporaryDirectory() as folder:
-        (Path(folder) / "kernels.cu").write_text(source.assembled(op) + uses)
-        done = subprocess.run(
-            ["nvcc", "-O3", "-std=c++20", "-ftz=true", f"-arch={arch}", "-cubin", "-w",
-             "--resource-usage", "kernels.cu", "-o", "kernels.cubin"],
-            cwd=folder, capture_output=True, text=True,
-        )  # fmt: skip
+    code = cubin.with_suffix(".cu")
+    code.write_text(source.assembled(op) + uses)
+    done = subprocess.run(
+        ["nvcc", "-O3", "-std=c++20", "-ftz=true", f"-arch={arch}", "-cubin", "-w",
+         "--resource-usage", code.name, "-o", cubin.name],
+        cwd=cubin.parent, capture_output=True, text=True,
+    )  # fmt: skip
     if done.returncode != 0:
         raise RuntimeError(f"{op} for {arch}: {done.stderr[-3000:]}")
-    text = subprocess.run(
-        ["c++filt"], input=done.stdout + done.stderr, capture_output=True, text=True, check=True
+    return demangled(done.stdout + done.stderr)
+
+
+def demangled(text: str) -> str:
+    return subprocess.run(
+        ["c++filt"], input=text, capture_output=True, text=True, check=True
     ).stdout
+
+
+def compile_kernels(op: str, arch: str, kernels: dict[str, tuple[int, int]]) -> list[Row]:
+    """Registers, spills and static shared memory as ptxas reports them."""
+    names = sorted(kernels)
+    with tempfile.TemporaryDirectory() as folder:
+        text = build(op, arch, names, Path(folder) / "kernels.cubin")
     rows = []
     for part in text.split("Compiling entry function")[1:]:
         (name,) = (n for n in names if f"sparse_attn::{n}(" in part.split("\n")[0])
