@@ -108,6 +108,11 @@ def check_grid(q_block, kv_block, local, sink):
     check.not_negative("sink", sink)
 
 
+def check_share(share_kv_heads):
+    if not isinstance(share_kv_heads, bool):
+        raise TypeError(f"share_kv_heads: got {share_kv_heads!r}, expected True or False")
+
+
 def check_causal(causal):
     reason = why_not(causal)
     if reason is not None:

@@ -33,8 +33,7 @@ def _(query, key, threshold, q_block, kv_block, local, sink, share_kv_heads, cau
         raise ValueError(f"query: head_dim {query.shape[3]}, expected an even one")
     sale.check_threshold(query, threshold)
     sale.check_grid(q_block, kv_block, local, sink)
-    if not isinstance(share_kv_heads, bool):
-        raise TypeError(f"share_kv_heads: got {share_kv_heads!r}, expected True or False")
+    sale.check_share(share_kv_heads)
     sale.check_causal(causal)
     check.finite_scale(scale)
     if key_mean is not None:

@@ -90,10 +90,10 @@ def test_error_bound(kind):
 
 
 @pytest.mark.parametrize("run", RUNS, ids=str)
-@pytest.mark.parametrize("kind", ["mixed", "sharp", "peaky"])
+@pytest.mark.parametrize("kind", ["mixed", "peaky"])
 def test_what_is_left_out_is_unimportant_by_the_bound(run, kind):
     """No pair outside the list exceeds its bar by more than the proven error of its estimate."""
-    length = brief(run, 1500, 300)
+    length = brief(run, 800, 300)
     query, key, _ = structured(kind, length)
     tau = 0.02
     mask = mask_of(run, query, key, tau)[0]
