@@ -98,13 +98,15 @@ def flex_prefill(dtype: str, head_dim: int, block: int = 128, gamma: float = 0.9
 def sale(dtype: str, head_dim: int, q_block: int = 64, kv_block: int = 32) -> None:
     from sparse_attn.triton_kernels.sale_estimate import sale_estimate
     from sparse_attn.triton_kernels.sale_quantize import sale_quantize
+    from sparse_attn.triton_kernels.sale_threshold import sale_threshold
 
     n = 131072
     query = torch.empty(1, 8, n, head_dim, dtype=DTYPES[dtype], device="cuda")
     key = torch.empty(1, 2, n, head_dim, dtype=DTYPES[dtype], device="cuda")
     query_packed, query_step, _ = sale_quantize(query)
-    key_packed, key_step, _ = sale_quantize(key, None, "key", kv_block)
-    rows = torch.empty(1, 8, n, device="cuda")
+    key_packed, key_step, mean = sale_quantize(key, None, "key", kv_block)
+    threshold, rows = torch.empty(8, device="cuda"), torch.empty(1, 8, n, device="cuda")
+    sale_threshold(query, key, mean, threshold, q_block, kv_block)
     sale_estimate(query_packed, query_step, key_packed, key_step, rows, rows, q_block, kv_block)
 
 

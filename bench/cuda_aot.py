@@ -70,11 +70,13 @@ def select(dtype: torch.dtype, dim: int) -> None:
 def sale(dtype: torch.dtype, dim: int, kv_block: int = 32) -> None:
     from sparse_attn.nvrtc.sale_estimate import sale_estimate
     from sparse_attn.nvrtc.sale_quantize import sale_quantize
+    from sparse_attn.nvrtc.sale_threshold import sale_threshold
 
     n = 131072
-    query_packed, query_step, _ = sale_quantize(empty(1, 8, n, dim, dtype=dtype))
-    key = empty(1, 2, n, dim, dtype=dtype)
-    key_packed, key_step, _ = sale_quantize(key, None, "key", kv_block)
+    query, key = empty(1, 8, n, dim, dtype=dtype), empty(1, 2, n, dim, dtype=dtype)
+    query_packed, query_step, _ = sale_quantize(query)
+    key_packed, key_step, mean = sale_quantize(key, None, "key", kv_block)
+    sale_threshold(query, key, mean, empty(8), 64, kv_block)
     rows = empty(1, 8, n)
     sale_estimate(query_packed, query_step, key_packed, key_step, rows, rows, 64, kv_block)
 
@@ -86,7 +88,7 @@ def cases(quick: bool) -> list[tuple[Callable[..., None], Any]]:
         dtype = DTYPES[name]
         found += [(merge, (dtype, dv)) for dv in ((128,) if quick else (128, 5))]
         found += [(select, (dtype, 256))]  # the widest slices of the probe
-        found += [(sale, (dtype, dim)) for dim in ((128, 256) if quick else (64, 128, 256, 40))]
+        found += [(sale, (dtype, dim)) for dim in ((128, 256) if quick else (64, 96, 128, 256, 40))]
         if not quick:
             found += [(sale, (dtype, 128, kv_block)) for kv_block in (16, 64)]
         for dim in (64, 128) if quick else (64, 96, 128, 256):

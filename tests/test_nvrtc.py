@@ -87,12 +87,22 @@ def estimate_arguments(draw):
     return query, query_step, key, key_step, *rows, q_block, kv_block, *edges
 
 
+def threshold_arguments(draw):
+    query, key, _ = query_key_value(draw)
+    q_block, kv_block = draw(st.sampled_from((16, 32, 64, 128))), draw(st.sampled_from((16, 32, 64)))
+    edges = draw(st.integers(1, 10**5)), draw(st.integers(0, 10**5))
+    mean = torch.empty(*key.shape[:2], key.shape[3])
+    scale = draw(st.sampled_from((None, 0.3)))
+    return query, key, mean, torch.empty(query.shape[1]), q_block, kv_block, *edges, True, scale
+
+
 ARGUMENTS = {
     "block_sparse_attention": attention_arguments,
     "flex_prefill_select": select_arguments,
     "merge_attention_states": merge_arguments,
     "sale_estimate": estimate_arguments,
     "sale_quantize": quantize_arguments,
+    "sale_threshold": threshold_arguments,
 }
 
 
@@ -153,6 +163,7 @@ def direct_calls():
         "merge_attention_states": (query, query[..., 0].float(), query, query[..., 0].float()),
         "sale_estimate": sale_case(64, 64),
         "sale_quantize": (query, query[:, :, 0].float()),
+        "sale_threshold": (query, key, key[:, :, 0].float(), torch.ones(2)),
     }
 
 

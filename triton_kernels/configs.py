@@ -171,3 +171,12 @@ def estimate_tile(arch: str, head_dim: int, n_queries: int, q_block: int) -> dic
         "BLOCK_M": max(q_block, min(rows, padded(n_queries))), "BLOCK_N": keys,
         "BLOCK_D": padded(head_dim // 2, 32), "num_warps": warps, "num_stages": stages,
     }  # fmt: skip
+
+
+def threshold_tile(dtype: torch.dtype, head_dim: int, q_block: int) -> dict[str, Any]:
+    """The tile of `sale_threshold`, no more rows than a query block has."""
+    rows = 64 if dtype.itemsize == 2 else 32
+    return {
+        "BLOCK_M": min(q_block, rows), "BLOCK_N": 64 if dtype.itemsize == 2 else 32,
+        "BLOCK_D": padded(head_dim), "num_warps": 4, "num_stages": 2,
+    }  # fmt: skip

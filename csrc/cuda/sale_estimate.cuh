@@ -8,27 +8,11 @@
 #pragma once
 #include "sale_codes.cuh"
 #include "sale_estimate_params.h"
+#include "sale_region.cuh"
 
 namespace sparse_attn {
 
 constexpr uint32_t kAllLanes = 0xffffffff;
-
-// Blocks of keys by query block: [0, sink) and [local, seen) are the reference region, between them
-// lies the middle.
-struct SaleRegion {
-  int sink, local, seen;
-
-  __device__ __forceinline__ SaleRegion(const SaleEstimateCudaParams& p, int query_block) {
-    const int n_keys = static_cast<int>(p.Tk), kv_block = static_cast<int>(p.kv_block);
-    const int q_block = static_cast<int>(p.q_block);
-    const int first = n_keys - static_cast<int>(p.Tq) + query_block * q_block;
-    const int last = min(first + q_block - 1, n_keys - 1);
-    seen = last < 0 ? 0 : last / kv_block + 1;
-    const int own = max(first, 0) / kv_block;
-    local = min(max(own - static_cast<int>(p.local_blocks) + 1, 0), seen);
-    sink = min(local, static_cast<int>(p.sink_blocks));
-  }
-};
 
 __device__ __forceinline__ float reciprocal(float step) {
   return step == 0 ? 0.f : __fdiv_rn(1.f, step);

@@ -65,8 +65,21 @@ def _parts_serve(backend):
     return when
 
 
-for _backend, _device in (("triton", "cuda"), ("cuda", "cuda"), ("cpp", "cpu")):
-    op.composite(_backend, _device, _run, of=(attend,), when=_parts_serve(_backend))
+def _triton_serves(query, *args):
+    if query.shape[3] > 256:
+        return f"head_dim {query.shape[3]}, served up to 256"
+    return check.not_float64(query)
+
+
+def _cuda_serves(query, *args):
+    if query.shape[3] > 256 or query.shape[3] % 8 != 0:
+        return f"head_dim {query.shape[3]}, served are multiples of 8 up to 256"
+    return check.cuda_kernels_serve(query)
+
+
+op.impl("triton", device="cuda", when=_triton_serves)
+op.impl("cuda", device="cuda", when=_cuda_serves)
+op.composite("cpp", "cpu", _run, of=(attend,), when=_parts_serve("cpp"))
 op.composite("reference", "any", _run, of=(attend,))
 op.autocast(2)
 op.no_grad("A selection has no gradient: call it on detached tensors.")

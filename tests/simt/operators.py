@@ -19,9 +19,10 @@ from sparse_attn.registry import NS, OPS, Op
 
 from . import HERE, run
 
-ROWS_OF_16_BYTES = ("block_sparse_attention", "flex_prefill_select", "sale_quantize")
+ROWS_OF_16_BYTES = ("block_sparse_attention", "flex_prefill_select", "sale_quantize",
+                    "sale_threshold")  # fmt: skip
 POISON = {torch.int32: -0x55555556, torch.uint8: 0xAA}
-CONTIGUOUS_VECTORS = ("sale_estimate", "sale_quantize")
+CONTIGUOUS_VECTORS = ("sale_estimate", "sale_quantize", "sale_threshold")
 LIBRARY = torch.library.Library(NS, "IMPL")
 _seed = 0
 
@@ -50,14 +51,17 @@ def arguments(op: Op, *args: Any) -> tuple[dict, dict, dict]:
     if values.get("group") is not None:  # of sale_quantize: SaleGroup in csrc/common/params.h
         numbers["group"] = GROUPS.index(values["group"])
     numbers["dtype"] = DTYPES.get(next(iter(inputs.values())).dtype, 0)
-    outputs = {r.name: poisoned(x) for r, x in zip(schema.returns, op.empty(*args), strict=True)}
+    results = op.empty(*args)
+    results = (results,) if isinstance(results, torch.Tensor) else results
+    outputs = {r.name: poisoned(x) for r, x in zip(schema.returns, results, strict=True)}
     return inputs, outputs, numbers
 
 
-def in_executor(op: Op, *args: Any) -> tuple[torch.Tensor, ...]:
+def in_executor(op: Op, *args: Any) -> torch.Tensor | tuple[torch.Tensor, ...]:
     inputs, outputs, numbers = arguments(op, *args)
     run(op.name, inputs, outputs, numbers, _seed)
-    return tuple(outputs.values())
+    results = tuple(outputs.values())
+    return results if len(results) > 1 else results[0]
 
 
 PROGRAMS = [p.stem for p in (HERE / "ops").glob("*.cpp") if p.stem in OPS]
