@@ -93,6 +93,30 @@ def test_chunks_batches_and_shared_lists():
     assert index.density(600, 1500) > own.density(600, 1500)
 
 
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_padded_prompts_in_transformers(side):
+    """Padding tokens never reach the selection: a padded sequence is as it is alone."""
+    transformers = pytest.importorskip("transformers")
+    integration = pytest.importorskip("sparse_attn.integrations.transformers")
+    config = Sale(threshold=0.05, min_length=0)
+    integration.register(config, "sale_padded", fallback=False)
+    tensors = [torch.cat([x, x.flip(1)]) for x in structured("sharp", 900)]
+    query, key, value = tensors
+    real = torch.ones(2, 900, dtype=torch.bool)
+    part = slice(300, None) if side == "left" else slice(None, 600)
+    real[1] = False
+    real[1, part] = True
+    key[~real[:, None].expand(key.shape[:3])] = 1e4  # would win every block
+    mask = real[:, None, None] & torch.ones(900, 900).tril().bool()
+    run = transformers.AttentionInterface()["sale_padded"]
+    out, _ = run(torch.nn.Module(), query, key, value, mask, is_causal=True)
+    for b, tokens in ((0, slice(None)), (1, part)):
+        alone = [x[b : b + 1, :, tokens] for x in tensors]
+        want = sparse_attn.attention(*alone, config, fallback=False)
+        assert torch.equal(out[b : b + 1, tokens].transpose(1, 2), want)
+    assert sparse_attn.select(*alone[:2], config).density(600, 600) < 0.8
+
+
 def test_no_other_head_dim_or_mask():
     query, key, value = inputs(Shape(D=33, Dv=33))
     with pytest.raises(NotImplementedError, match="head_dim 33 is odd"):
