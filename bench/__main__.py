@@ -1,7 +1,7 @@
 """`python -m bench [NAME ...]`: runs the benchmarks, each in bench/ops or bench/methods.
 
 `python -m bench aot` compiles the Triton kernels and lists what they use, see aot.py;
-`python -m bench cuda_aot` does so for the CUDA kernels.
+`python -m bench cuda_aot` does so for the CUDA kernels, `python -m bench sass` counts instructions.
 `python -m bench gpu_page` writes docs/gpu.md; gpu_check.py is a script of its own.
 """
 
@@ -11,7 +11,7 @@ import sys
 from importlib import import_module
 from pkgutil import iter_modules
 
-from . import aot, cuda_aot, methods, ops
+from . import aot, cuda_aot, methods, ops, sass
 from .gpu import page
 from .harness import Report, hardware
 
@@ -37,6 +37,8 @@ if sys.argv[1:2] == ["aot"]:
     aot.main(sys.argv[2:])
 elif sys.argv[1:2] == ["cuda_aot"]:
     cuda_aot.main(sys.argv[2:])
+elif sys.argv[1:2] == ["sass"]:
+    sass.main()
 elif sys.argv[1:2] == ["gpu_page"]:
     page.main()
 else:

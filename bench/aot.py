@@ -1,6 +1,7 @@
-"""`python -m bench aot [--quick] [--json]`: compiles the Triton kernels for GPUs that are not here.
+"""`python -m bench aot [--quick] [--json] [--only WORD]`: compiles the Triton kernels for GPUs that are not here.
 
-Without options it also writes bench/results/aot.json, from which docs/gpu.md is made.
+Without options it also writes bench/results/aot.json, from which docs/gpu.md is made; with --only it
+compiles the cases that begin with a word and replaces their rows in that file.
 Each case runs an operator's launcher on fake CUDA tensors; what it would launch is compiled. The
 table shows registers and spilled bytes per thread and shared memory per block; the command fails
 where one is over its bound.
@@ -94,11 +95,27 @@ def flex_prefill(dtype: str, head_dim: int, block: int = 128, gamma: float = 0.9
     run(query, key, gamma, block_size=block)
 
 
+def sale(dtype: str, head_dim: int, q_block: int = 64, kv_block: int = 32) -> None:
+    from sparse_attn.triton_kernels.sale_estimate import sale_estimate
+    from sparse_attn.triton_kernels.sale_quantize import sale_quantize
+    from sparse_attn.triton_kernels.sale_threshold import sale_threshold
+
+    n = 131072
+    query = torch.empty(1, 8, n, head_dim, dtype=DTYPES[dtype], device="cuda")
+    key = torch.empty(1, 2, n, head_dim, dtype=DTYPES[dtype], device="cuda")
+    query_packed, query_step, _ = sale_quantize(query)
+    key_packed, key_step, mean = sale_quantize(key, None, "key", kv_block)
+    threshold, rows = torch.empty(8, device="cuda"), torch.empty(1, 8, n, device="cuda")
+    sale_threshold(query, key, mean, threshold, q_block, kv_block)
+    sale_estimate(query_packed, query_step, key_packed, key_step, rows, rows, q_block, kv_block)
+
+
 def cases(quick: bool) -> dict[str, tuple[Any, ...]]:
     """Name -> (function, its arguments): every row of the configuration table, every code path."""
     found: dict[str, tuple[Any, ...]] = {
         "merge bf16 128": (merge, "bf16", 128),
         "select everything bf16 128": (flex_prefill, "bf16", 128, 128, 1.0),
+        "sale bf16 128": (sale, "bf16", 128),
     }
     for dtype in ("bf16", "f32") if quick else DTYPES:
         for d in (128,) if quick else (64, 128, 256):
@@ -118,6 +135,10 @@ def cases(quick: bool) -> dict[str, tuple[Any, ...]]:
         found["backward, blocks of 16 bf16 128"] = (backward, "bf16", 128, 16)
         found["backward bf16 192, values 128"] = (backward, "bf16", 192, 128, False, 128)
         found["select bf16 128, blocks of 64"] = (flex_prefill, "bf16", 128, 64)
+        found |= {f"sale bf16 {d}": (sale, "bf16", d) for d in (64, 256)}
+        found["sale f32 128"] = (sale, "f32", 128)
+        found["sale, blocks of 16 bf16 128"] = (sale, "bf16", 128, 16, 16)
+        found["sale, blocks of 128 and 64 bf16 128"] = (sale, "bf16", 128, 128, 64)
         found["prefill bf16 96"] = (attention, "bf16", 96, 4096)
         found["prefill bf16 192, values 128"] = (attention, "bf16", 192, 4096, 128, 128, False, 128)
     return found
@@ -156,12 +177,13 @@ def compile_one(kernel: Any, args: tuple[Any, ...], options: dict[str, Any], arc
     aligned = {(i,): [["tt.divisibility", 16]] for i in multiples}
     source = ASTSource(kernel, types, constants, aligned)
     target = GPUTarget("cuda", int(arch.removeprefix("sm_")), 32)
-    flags = {k: options[k] for k in options if k in ("num_warps", "num_stages")}
+    of_compiler = ("num_warps", "num_stages", "enable_fp_fusion")
+    flags = {k: options[k] for k in options if k in of_compiler}
     return triton.compile(source, target=target, options=flags)
 
 
 NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32",
-         torch.int32: "i32", torch.int8: "i8"}  # fmt: skip
+         torch.int32: "i32", torch.int8: "i8", torch.uint8: "u8"}  # fmt: skip
 
 
 def usage(compiled: Any) -> dict[str, int]:
@@ -219,8 +241,9 @@ def compile_case(name: str, arch: str, quick: bool) -> list[Row]:
     return rows
 
 
-def table(quick: bool, processes: int) -> list[Row]:
-    jobs = [(name, arch, quick) for name in cases(quick) for arch in SHARED_LIMIT]
+def table(quick: bool, processes: int, only: str = "") -> list[Row]:
+    names = [name for name in cases(quick) if name.startswith(only)]
+    jobs = [(name, arch, quick) for name in names for arch in SHARED_LIMIT]
     with ProcessPoolExecutor(processes) as pool:
         return [row for rows in pool.map(compile_case, *zip(*jobs, strict=True)) for row in rows]
 
@@ -249,14 +272,22 @@ def markdown(rows: list[Row]) -> str:
     return "\n".join(lines)
 
 
+def as_json(rows: list[Row]) -> str:
+    return "[\n" + ",\n".join(json.dumps(asdict(row)) for row in rows) + "\n]\n"
+
+
 def main(arguments: list[str]) -> None:
     if os.environ.get("TRITON_INTERPRET") == "1":
         raise SystemExit("TRITON_INTERPRET=1: the interpreter compiles nothing, unset it")
-    rows = table("--quick" in arguments, os.cpu_count() or 1)
-    as_json = "[\n" + ",\n".join(json.dumps(asdict(row)) for row in rows) + "\n]\n"
-    print(as_json if "--json" in arguments else markdown(rows))
-    if not arguments:
-        (Path(__file__).parent / "results" / "aot.json").write_text(as_json)
+    only = arguments[arguments.index("--only") + 1] if "--only" in arguments else ""
+    rows = table("--quick" in arguments, os.cpu_count() or 1, only)
+    print(as_json(rows) if "--json" in arguments else markdown(rows))
+    if not {"--quick", "--json"} & set(arguments):
+        file = Path(__file__).parent / "results" / "aot.json"
+        kept = [Row(**row) for row in json.loads(file.read_text())] if only else []
+        order = list(cases(quick=False))
+        rows += [row for row in kept if row.case in order and not row.case.startswith(only)]
+        file.write_text(as_json(sorted(rows, key=lambda row: order.index(row.case))))
     wrong = over_limits(rows)
     if wrong:
         raise SystemExit("over the limits:\n" + "\n".join(wrong))

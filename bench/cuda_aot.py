@@ -67,6 +67,20 @@ def select(dtype: torch.dtype, dim: int) -> None:
     run(empty(1, 8, 131072, dim, dtype=dtype), empty(1, 2, 131072, dim, dtype=dtype))
 
 
+def sale(dtype: torch.dtype, dim: int, kv_block: int = 32) -> None:
+    from sparse_attn.nvrtc.sale_estimate import sale_estimate
+    from sparse_attn.nvrtc.sale_quantize import sale_quantize
+    from sparse_attn.nvrtc.sale_threshold import sale_threshold
+
+    n = 131072
+    query, key = empty(1, 8, n, dim, dtype=dtype), empty(1, 2, n, dim, dtype=dtype)
+    query_packed, query_step, _ = sale_quantize(query)
+    key_packed, key_step, mean = sale_quantize(key, None, "key", kv_block)
+    sale_threshold(query, key, mean, empty(8), 64, kv_block)
+    rows = empty(1, 8, n)
+    sale_estimate(query_packed, query_step, key_packed, key_step, rows, rows, 64, kv_block)
+
+
 def cases(quick: bool) -> list[tuple[Callable[..., None], Any]]:
     """Functions and their arguments; quick: the kernels of common calls, in one dtype."""
     found: list[tuple[Callable[..., None], Any]] = []
@@ -74,6 +88,9 @@ def cases(quick: bool) -> list[tuple[Callable[..., None], Any]]:
         dtype = DTYPES[name]
         found += [(merge, (dtype, dv)) for dv in ((128,) if quick else (128, 5))]
         found += [(select, (dtype, 256))]  # the widest slices of the probe
+        found += [(sale, (dtype, dim)) for dim in ((128, 256) if quick else (64, 96, 128, 256, 40))]
+        if not quick:
+            found += [(sale, (dtype, 128, kv_block)) for kv_block in (16, 64)]
         for dim in (64, 128) if quick else (64, 96, 128, 256):
             found.append((attention, (dtype, dim, 128)))  # 128 rows, or 64
             found.append((attention, (dtype, dim, 1, 1)))  # decoding: 16 rows
@@ -103,23 +120,33 @@ def planned(arch: str, quick: bool) -> dict[str, dict[str, tuple[int, int]]]:
     return found
 
 
-def compile_kernels(op: str, arch: str, kernels: dict[str, tuple[int, int]]) -> list[Row]:
-    """Registers, spills and static shared memory as ptxas reports them."""
+def build(op: str, arch: str, names: list[str], cubin: Path) -> str:
+    """Compiles the named kernels of an operator; returns what ptxas says of them, demangled."""
     source = import_module("sparse_attn.nvrtc.source")
-    names = sorted(kernels)
     uses = "".join(f"auto* f{i} = &sparse_attn::{name};\n" for i, name in enumerate(names))
-    with tempfile.TemporaryDirectory() as folder:
-        (Path(folder) / "kernels.cu").write_text(source.assembled(op) + uses)
-        done = subprocess.run(
-            ["nvcc", "-O3", "-std=c++20", "-ftz=true", f"-arch={arch}", "-cubin", "-w",
-             "--resource-usage", "kernels.cu", "-o", "kernels.cubin"],
-            cwd=folder, capture_output=True, text=True,
-        )  # fmt: skip
+    code = cubin.with_suffix(".cu")
+    code.write_text(source.assembled(op) + uses)
+    done = subprocess.run(
+        ["nvcc", "-O3", "-std=c++20", "-ftz=true", f"-arch={arch}", "-cubin", "-w",
+         "--resource-usage", code.name, "-o", cubin.name],
+        cwd=cubin.parent, capture_output=True, text=True,
+    )  # fmt: skip
     if done.returncode != 0:
         raise RuntimeError(f"{op} for {arch}: {done.stderr[-3000:]}")
-    text = subprocess.run(
-        ["c++filt"], input=done.stdout + done.stderr, capture_output=True, text=True, check=True
+    return demangled(done.stdout + done.stderr)
+
+
+def demangled(text: str) -> str:
+    return subprocess.run(
+        ["c++filt"], input=text, capture_output=True, text=True, check=True
     ).stdout
+
+
+def compile_kernels(op: str, arch: str, kernels: dict[str, tuple[int, int]]) -> list[Row]:
+    """Registers, spills and static shared memory as ptxas reports them."""
+    names = sorted(kernels)
+    with tempfile.TemporaryDirectory() as folder:
+        text = build(op, arch, names, Path(folder) / "kernels.cubin")
     rows = []
     for part in text.split("Compiling entry function")[1:]:
         (name,) = (n for n in names if f"sparse_attn::{n}(" in part.split("\n")[0])

@@ -161,6 +161,9 @@ def _dense_because(
         raise NotImplementedError(f"method {config.name!r} cannot serve this call: {reason}")
     if not fallback:
         return None
+    least = getattr(config, "min_length", 0)
+    if key.shape[2] < least:
+        return f"{key.shape[2]} keys are fewer than min_length, {least}"
     return dense_is_faster(config.name, backend or _backend_for(query, key), query, key)
 
 

@@ -12,6 +12,8 @@ import torch
 
 from . import cpu_isa
 
+NEVER = 2**31  # keys: no prompt has as many
+
 
 class Crossover(NamedTuple):
     """The method wins from so many keys on, for at least so many queries."""
@@ -27,6 +29,11 @@ MEASURED: dict[str, dict[str, Crossover]] = {
         "amx": Crossover(16384, 4096),
         "avx512bf16": Crossover(8192, 4096),
     },
+    "sale": {
+        # dense runs on the tile unit, the selection on vector units: about as long as all of dense
+        "amx": Crossover(NEVER, 1),
+        "avx512bf16": Crossover(2048, 512),
+    },
 }
 CAUTIOUS = Crossover(16384, 4096)  # where nobody has measured
 
@@ -41,6 +48,8 @@ def dense_is_faster(
     measured = MEASURED[method].get(place)
     least = measured or CAUTIOUS
     why = "" if measured else f"; a guess: {method} has not been measured on {place}"
+    if least.keys >= NEVER:
+        return f"{method} has no kernel on {place} that could beat dense"
     for n, enough, what in (
         (key.shape[2], least.keys, "keys"),
         (query.shape[2], least.queries, "queries"),

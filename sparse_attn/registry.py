@@ -59,6 +59,7 @@ class Op:
     _defaults: tuple[Any, ...] = ()
     _required: int = 0
     _autocast: int = 0  # how many leading tensor arguments autocast casts
+    is_composite: bool = False  # calls other operators, has no kernel of its own
 
     def __post_init__(self) -> None:
         OPS[self.name] = self
@@ -154,6 +155,7 @@ class Op:
             row = next((i for i in part.impls if i.backend == backend), None)
             why = f"{part.name} has no {backend} kernel" if row is None else row.missing
             missing = missing or why
+        self.is_composite = True
         self._add(backend, device, when, missing)
 
     def _add(

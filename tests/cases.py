@@ -52,6 +52,7 @@ def call(op, run, *args, **options):
         if backend == "cuda":
             skip_if_refused(op, args, options)
         results = op(*args, **options, backend=backend)
+    results = (results,) if isinstance(results, torch.Tensor) else results
     return tuple(x.cpu() for x in results)
 
 

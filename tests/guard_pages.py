@@ -19,6 +19,9 @@ from sparse_attn.ops.block_sparse_attention_backward import op as backward
 from sparse_attn.ops.flex_prefill_attention import op as flex_prefill
 from sparse_attn.ops.flex_prefill_select import op as select
 from sparse_attn.ops.merge_attention_states import op as merge
+from sparse_attn.ops.sale_attention import op as sale_attention
+from sparse_attn.ops.sale_estimate import op as sale_estimate
+from sparse_attn.ops.sale_quantize import op as sale_quantize
 from tests.cases import DTYPES, Shape, index, inputs, instruction_set
 
 PAGE = mmap.PAGESIZE
@@ -161,6 +164,34 @@ def flex_prefill_cases() -> Iterator[tuple[str, object, list[torch.Tensor]]]:
                     yield f"flex_prefill_attention, {name}", run, [query, key, value]
 
 
+SALE = [
+    (Shape(Tq=300, Tk=300, D=64, Dv=64, Hq=4, Hkv=2), 64, 32),
+    (Shape(Tq=70, Tk=261, D=34, Dv=7, B=2), 32, 16),
+    (Shape(Tq=129, Tk=129, D=128, Dv=96, Hq=6, Hkv=1), 128, 64),
+    (Shape(Tq=90, Tk=31, D=2, Dv=1), 16, 16),
+]
+
+
+def sale_cases() -> Iterator[tuple[str, object, list[torch.Tensor]]]:
+    for shape, q_block, kv_block in SALE:
+        grid = {"q_block": q_block, "kv_block": kv_block, "local": 16, "sink": 16}
+        for dtype in DTYPES:
+            for layout, (query, key, value) in layouts(*inputs(shape, dtype, spread=3.0)).items():
+                name = f"{dtype}, {layout}, {shape}, {grid}"
+                for group in ("query", "key", "token"):
+                    run = partial(sale_quantize, group=group, block=kv_block, backend="cpp")
+                    yield f"sale_quantize, {group}, {name}", run, [key]
+                run = partial(sale_attention, **grid, backend="cpp")
+                threshold = torch.full((shape.Hq,), 0.1)
+                yield f"sale_attention, {name}", run, [query, key, value, threshold]
+        packed, step, _ = sale_quantize(query, None, "query")
+        keys = sale_quantize(key, None, "key", kv_block)[:2]
+        bias = torch.randn(shape.B, shape.Hq, shape.Tk)
+        theta = torch.randn(shape.B, shape.Hq, shape.Tq) + 5
+        run = partial(sale_estimate, **grid, backend="cpp")
+        yield f"sale_estimate, {shape}, {grid}", run, [packed, step, *keys, bias, theta]
+
+
 def merge_cases() -> Iterator[tuple[str, object, list[torch.Tensor]]]:
     for shape in (Shape(Tq=33, D=64), Shape(B=2, Hq=3, Tq=601, D=5)):
         for dtype in DTYPES:
@@ -174,7 +205,9 @@ def merge_cases() -> Iterator[tuple[str, object, list[torch.Tensor]]]:
 def run_all(isa: str) -> None:
     torch.manual_seed(0)
     with instruction_set(isa):
-        for cases in (attention_cases, backward_cases, flex_prefill_cases, merge_cases):
+        for cases in (
+            attention_cases, backward_cases, flex_prefill_cases, sale_cases, merge_cases
+        ):  # fmt: skip
             for case in cases():
                 check(*case)
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench import cuda_aot
+from bench import cuda_aot, sass
 from sparse_attn.nvrtc import source
 
 pytestmark = pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc on PATH")
@@ -43,6 +43,21 @@ def test_bindings_compile(binding, tmp_path):
         check=True,
     )  # fmt: skip
     assert ".entry" in made.read_text()  # the kernels that it launches
+
+
+@pytest.mark.skipif(sass.disassembler() is None, reason="no cuobjdump")
+@pytest.mark.parametrize("arch, product, each", [
+    ("sm_80", "IMMA.16864.S4.S4", 64), ("sm_90a", "IMMA.16832.S8.U8", 32),
+])  # fmt: skip
+def test_products_of_codes_are_single_instructions(arch, product, each):
+    """Up to sm_89 of 4-bit integers; later GPUs would have them in software."""
+    code = sass.compiled(arch, [sass.KERNELS[128]])[sass.KERNELS[128]]
+    executed = [x for piece in code for x in piece]
+    assert {x for x in executed if x.startswith(("IMMA", "HMMA", "IGMMA"))} == {product}
+    assert arch == "sm_80" or not [x for x in executed if x.startswith("CALL")]
+    tile = sass.tile(code, arch, 128)
+    # 64 x 32 products of 128 channels in pieces of 16 x 8 x each, little beside them
+    assert tile.products == 4 * 4 * (128 // each) and tile.instructions < 330
 
 
 SPILLS = """

@@ -10,7 +10,10 @@ from sparse_attn.ops.block_sparse_attention_backward import op as gradient
 from sparse_attn.ops.flex_prefill_attention import op as flex_prefill
 from sparse_attn.ops.flex_prefill_select import op as select
 from sparse_attn.ops.merge_attention_states import op as merge
+from sparse_attn.ops.sale_estimate import op as estimate
+from sparse_attn.ops.sale_quantize import op as quantize
 from tests.cases import Shape, index, inputs
+from tests.ops.test_sale_estimate import case as sale_case
 
 pytestmark = pytest.mark.gpu
 
@@ -58,6 +61,16 @@ def merge_call():
     return merge, [torch.randn(2, 8, 100, 128), lse, torch.randn(2, 8, 100, 128), lse + 1], {}
 
 
+def quantize_call():
+    return quantize, [inputs(Shape(Hq=8, Tq=2000, D=128), torch.bfloat16)[0]], {}
+
+
+def estimate_call():
+    """What a graph replays on is the codes of the queries: of any bytes."""
+    *tensors, theta = sale_case(2000, 2000, 128, 8, 2)
+    return estimate, [*tensors, theta], {}
+
+
 CALLS = {
     "prefill": attention_call(64, 2000),
     "prefill with sink and window": attention_call(64, 2000, sink=100, window=300),
@@ -67,6 +80,8 @@ CALLS = {
     "select": select_call,
     "flex_prefill_attention": whole_call,
     "merge": merge_call,
+    "sale quantize": quantize_call,
+    "sale estimate": estimate_call,
 }
 
 
@@ -102,7 +117,10 @@ def test_capture_and_replay(prepared, backend):
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         captured = op(*args, **options, backend=backend)
-    args[0].copy_(torch.randn_like(args[0]) * 2)
+    if args[0].is_floating_point():
+        args[0].copy_(torch.randn_like(args[0]) * 2)
+    else:
+        args[0].copy_(args[0].flip(2))
     for x in captured:
         x.fill_(-1)
     graph.replay()

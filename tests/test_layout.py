@@ -20,9 +20,8 @@ CODE = [
 
 @pytest.mark.parametrize("name", sorted(OPS))
 def test_each_operator_has_its_files(name):
-    composite = name.endswith("attention") and name != "block_sparse_attention"
     wanted = [f"sparse_attn/ops/{name}.py", f"tests/ops/test_{name}.py", f"docs/ops/{name}.md"]
-    if not composite:
+    if not OPS[name].is_composite:
         wanted += [f"sparse_attn/reference/{name}.py"]
         for row in OPS[name].impls:
             if row.backend == "cpp":

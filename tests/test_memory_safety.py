@@ -32,7 +32,8 @@ def survive(subject):
 def test_operators_stay_in_their_tensors(isa):
     cases = survive(isa)
     for name in ("block_sparse_attention,", "block_sparse_attention_backward",
-                 "flex_prefill_select", "flex_prefill_attention",
+                 "flex_prefill_select", "flex_prefill_attention", "sale_quantize", "sale_estimate",
+                 "sale_attention",
                  "merge_attention_states"):  # fmt: skip
         assert any(case.startswith(name) for case in cases)
 

@@ -10,9 +10,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sparse_attn.nvrtc import launch, source
+from sparse_attn.ops._sale import n_groups
 from sparse_attn.registry import OPS
 from tests import simt
 from tests.cases import FLOOR, Shape, assert_as_accurate, index, inputs
+from tests.ops.test_sale_estimate import case as sale_case
 from tests.simt.operators import arguments
 from tests.test_registry import python
 
@@ -74,10 +76,40 @@ def select_arguments(draw):
     return query, key, gamma, tau, low, high, block, "exact", True, scale
 
 
+def quantize_arguments(draw):
+    _, x, _ = query_key_value(draw)
+    mean = torch.empty(*x.shape[:2], x.shape[3]) if draw(st.booleans()) else None
+    return x, mean, draw(st.sampled_from(("query", "key", "token"))), draw(st.sampled_from((16, 64)))
+
+
+def estimate_arguments(draw):
+    query, key, _ = query_key_value(draw)
+    q_block, kv_block = draw(st.sampled_from((16, 32, 64, 128))), draw(st.sampled_from((16, 32, 64)))
+    edges = draw(st.integers(1, 10**5)), draw(st.integers(0, 10**5))
+    sizes = [(x.shape[1], n_groups(x.shape[2], kind, kv_block)) for x, kind in
+             ((query, "query"), (key, "key"))]  # fmt: skip
+    sizes += [(query.shape[1], x.shape[2]) for x in (key, query)]
+    query_step, key_step, *rows = (torch.empty(len(query), *size) for size in sizes)
+    query, key = (x[..., ::2].to(torch.uint8) for x in (query, key))
+    return query, query_step, key, key_step, *rows, q_block, kv_block, *edges
+
+
+def threshold_arguments(draw):
+    query, key, _ = query_key_value(draw)
+    q_block, kv_block = draw(st.sampled_from((16, 32, 64, 128))), draw(st.sampled_from((16, 32, 64)))
+    edges = draw(st.integers(1, 10**5)), draw(st.integers(0, 10**5))
+    mean = torch.empty(*key.shape[:2], key.shape[3])
+    scale = draw(st.sampled_from((None, 0.3)))
+    return query, key, mean, torch.empty(query.shape[1]), q_block, kv_block, *edges, True, scale
+
+
 ARGUMENTS = {
     "block_sparse_attention": attention_arguments,
     "flex_prefill_select": select_arguments,
     "merge_attention_states": merge_arguments,
+    "sale_estimate": estimate_arguments,
+    "sale_quantize": quantize_arguments,
+    "sale_threshold": threshold_arguments,
 }
 
 
@@ -136,6 +168,9 @@ def direct_calls():
         "block_sparse_attention": (query, key, value, *index(shape)),
         "flex_prefill_select": (query, key),
         "merge_attention_states": (query, query[..., 0].float(), query, query[..., 0].float()),
+        "sale_estimate": sale_case(64, 64),
+        "sale_quantize": (query, query[:, :, 0].float()),
+        "sale_threshold": (query, key, key[:, :, 0].float(), torch.ones(2)),
     }
 
 
@@ -163,7 +198,7 @@ def test_an_overload_refuses_a_tensor_of_the_cpu(op):
         pytest.skip("neither the CUDA extension nor CuPy")
     args = [x.cuda() if isinstance(x, torch.Tensor) else x for x in direct_calls()[op]]
     args[1] = args[1].cpu()
-    with pytest.raises((ValueError, RuntimeError), match=r"(key|lse_a): (expected a CUDA|device)"):
+    with pytest.raises((ValueError, RuntimeError), match=r"(key|lse_a|query_step|mean): (expected a CUDA|device)"):
         getattr(torch.ops.sparse_attn, op).cuda(*args)
 
 

@@ -54,6 +54,20 @@ def test_select_is_nine_launches_and_small(block):
     assert largest[0] <= max(heads * length * 128, heads * (length // block) ** 2)
 
 
+def test_sale_is_small():
+    def sale():
+        with Largest() as mode:
+            aot.sale("bf16", 128)
+        largest.append(mode.elements)
+
+    largest = []
+    of_codes = ["sale_sum_kernel", "sale_mean_kernel", "sale_code_kernel"]
+    assert names(sale) == [*of_codes, *of_codes, "sale_threshold_kernel", "sale_expand_kernel",
+                           "sale_scale_kernel", "sale_estimate_kernel", "sale_list_kernel"]  # fmt: skip
+    # the lists are the largest; never heads x queries x keys
+    assert largest[0] == 8 * (131072 // 64) * (131072 // 32)
+
+
 def test_prefill_is_one_launch_and_decode_two():
     assert names(aot.attention, "bf16", 128, 4096) == ["block_sparse_attention_kernel"]
     decode = aot.launches("sm_90", aot.attention, "bf16", 128, 1, 1, 16)
@@ -99,6 +113,8 @@ from sparse_attn.triton_kernels.block_sparse_attention_backward import (
 )
 from sparse_attn.triton_kernels.flex_prefill_select import flex_prefill_select as select
 from sparse_attn.triton_kernels.merge_attention_states import merge_attention_states as merge
+from sparse_attn.triton_kernels.sale_estimate import sale_estimate as estimate
+from sparse_attn.triton_kernels.sale_quantize import sale_quantize as quantize
 
 def calls(batch, n_queries, n_keys, transposed):
     new = lambda h, n: (torch.empty(batch, n, h, 128, device="cuda", dtype=torch.float16)
@@ -110,6 +126,10 @@ def calls(batch, n_queries, n_keys, transposed):
     counts = indices.new_empty(indices.shape[:3])
     out, lse = attend(query, key, value, indices, counts, 128, 128)
     merge(out, lse, out, lse)
+    quantized, steps, _ = quantize(query)
+    keys, key_steps, _ = quantize(key, None, "key")
+    theta = lse.new_empty(batch, 8, n_keys)
+    estimate(quantized, steps, keys, key_steps, theta, theta[:, :, :n_queries])
     # a torch without CUDA makes tensors there but cannot sort them
     transposed = counts.new_empty(batch, 8, -(-n_keys // 128) + 1), indices.flatten(2)
     BlockIndex.transpose = lambda index, n_keys: transposed
@@ -138,6 +158,8 @@ def test_lengths_and_batches_alone_compile_nothing_anew():
         "block_sparse_attention_kernel": 2,  # split over the keys or not
         "choose_kernel": 2,  # chunks of 128 and of 1024 blocks
         "list_kernel": 2,
+        "sale_code_kernel": 2,  # queries and keys
+        "sale_list_kernel": 2,
     }
     found = json.loads(text)
     others = ("block_sparse_attention", "merge_attention_states", "attention_delta",

@@ -5,7 +5,12 @@ from contextlib import contextmanager
 import pytest
 import torch
 
-from sparse_attn.ops import block_sparse_attention, flex_prefill_select, merge_attention_states
+from sparse_attn.ops import (
+    block_sparse_attention,
+    flex_prefill_select,
+    merge_attention_states,
+    sale_select,
+)
 from tests.cases import DTYPES, RUNS, Shape, call, index, inputs
 
 NEVER = torch.iinfo(torch.int32).max  # what poisons an int32
@@ -39,6 +44,11 @@ def test_nothing_is_left_unwritten(run, shape):
             out, lse = call(block_sparse_attention.op, run, query, key, value, *listed, sink=1)
             twice = call(merge_attention_states.op, run, out, lse, out, lse)
             indices, counts, pattern = call(flex_prefill_select.op, run, query, key, **options)
+            if shape.D % 2 == 0 and sale_select.op.reasons((query, key))[run[0]] is None:
+                bar = torch.full((shape.Hq,), 0.1)
+                lists = call(sale_select.op, run, query, key, bar, 16, 16, 16, 16)
+                assert (lists[0] < lists[0].shape[-1]).all(), "zeros behind the lists"
+                assert (lists[1] <= lists[0].shape[-1]).all()
         for x in (out, *twice):
             assert not x.isnan().any()
         assert not lse.isnan().any() and (lse < torch.inf).all()

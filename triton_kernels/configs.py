@@ -154,3 +154,29 @@ def probe_tile(dtype: torch.dtype, head_dim: int, rows: int) -> dict[str, Any]:
         "GROUPS": padded(rows) // block_r, "TILES": 2048 // most,
         "num_warps": 4 if dtype.itemsize == 2 else 8, "num_stages": 2,
     }  # fmt: skip
+
+
+# of `sale_estimate`, (rows, keys, warps, stages) for head dimensions up to 128, and above
+ESTIMATE = {
+    "sm_80": ((128, 64, 4, 3), (128, 64, 8, 2)),
+    "sm_90": ((128, 64, 4, 3), (128, 64, 4, 3)),
+    "sm_100": ((128, 64, 4, 3), (128, 64, 4, 3)),
+}
+
+
+def estimate_tile(arch: str, head_dim: int, n_queries: int, q_block: int) -> dict[str, Any]:
+    """The tile of `sale_estimate`, no longer than the queries; BLOCK_D is half of the channels."""
+    rows, keys, warps, stages = ESTIMATE[nearest(arch)][head_dim > 128]
+    return {
+        "BLOCK_M": max(q_block, min(rows, padded(n_queries))), "BLOCK_N": keys,
+        "BLOCK_D": padded(head_dim // 2, 32), "num_warps": warps, "num_stages": stages,
+    }  # fmt: skip
+
+
+def threshold_tile(dtype: torch.dtype, head_dim: int, q_block: int) -> dict[str, Any]:
+    """The tile of `sale_threshold`, no more rows than a query block has."""
+    rows = 64 if dtype.itemsize == 2 else 32
+    return {
+        "BLOCK_M": min(q_block, rows), "BLOCK_N": 64 if dtype.itemsize == 2 else 32,
+        "BLOCK_D": padded(head_dim), "num_warps": 4, "num_stages": 2,
+    }  # fmt: skip

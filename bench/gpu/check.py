@@ -18,6 +18,8 @@ from sparse_attn.ops.block_sparse_attention import op as attend
 from sparse_attn.ops.block_sparse_attention_backward import op as gradient
 from sparse_attn.ops.flex_prefill_select import op as select
 from sparse_attn.ops.merge_attention_states import op as merge
+from sparse_attn.ops.sale_estimate import op as estimate
+from sparse_attn.ops.sale_quantize import op as quantize
 from sparse_attn.registry import Op
 
 from .context import Context
@@ -56,6 +58,8 @@ def problems(context: Context) -> Iterator[tuple[str, BaseException | str | None
         for dtype in dtypes
     ]  # fmt: skip
     checks += [("merge", merge.name, merged, ()), ("select", select.name, selected, ())]
+    checks += [("sale quantize", quantize.name, quantized, ())]
+    checks += [("sale estimate", estimate.name, estimated, ())]
     for what, operator, function, args in checks:
         for backend in context.backends(operator):
             try:
@@ -149,6 +153,38 @@ def selected(context: Context, backend: str) -> str | None:
         differ = (masks[0] != masks[1]).float().mean().item()
         if differ > 0.01:
             return f"{differ:.2%} of the blocks differ at tau={tau}"
+    return None
+
+
+def quantized(context: Context, backend: str) -> str | None:
+    """Codes and steps are the reference's bit by bit, for the mean that the kernel found."""
+    for group, block, dim in (("query", 32, 128), ("key", 16, 64), ("token", 32, 96)):
+        x = torch.randn(2, 2, context.size(1000, 50), dim).to(torch.bfloat16) + 3
+        packed, step, mean = call(context, quantize, backend, (x, None, group, block))
+        if not torch.allclose(mean, x.float().mean(2), rtol=1e-4):
+            return f"{group}: wrong mean"
+        want = quantize(x, mean, group, block, backend="reference")
+        if not torch.equal(packed, want[0]) or not torch.equal(step, want[1]):
+            return f"{group}: codes or steps differ from the reference's"
+    return None
+
+
+def estimated(context: Context, backend: str) -> str | None:
+    """The lists are the reference's bit by bit: rounded biases small and large, bars met or not."""
+    shapes = ((3000, 128, 64, 32), (700, 64, 128, 64), (500, 40, 16, 16), (400, 256, 32, 32))
+    for n, dim, q_block, kv_block in context.size(shapes, ((200, 32, 64, 32),)):
+        query, key = torch.randn(1, 4, n, dim) + 0.5, torch.randn(1, 2, n, dim)
+        codes, steps, mean = quantize(query, None, "query", backend="reference")
+        keys = quantize(key, None, "key", kv_block, backend="reference")
+        wide = (key - keys[2][:, :, None]).repeat_interleave(2, 1)
+        bias = (wide @ mean[..., None])[..., 0]
+        for size in (1.0, 1e7):
+            theta = dim**0.5 * (3.5 + 0.4 * torch.randn(1, 4, n)) * size
+            args = (codes, steps, *keys[:2], bias * size, theta, q_block, kv_block)
+            want = estimate(*args, backend="reference")
+            got = call(context, estimate, backend, args)
+            if not all(torch.equal(x, y) for x, y in zip(got, want, strict=True)):
+                return f"lists differ from the reference's at {n}, {dim}, {q_block}, {kv_block}"
     return None
 
 

@@ -12,6 +12,9 @@ from sparse_attn.ops.block_sparse_attention import op as attend
 from sparse_attn.ops.block_sparse_attention_backward import op as gradient
 from sparse_attn.ops.flex_prefill_select import op as select
 from sparse_attn.ops.merge_attention_states import op as merge
+from sparse_attn.ops.sale_estimate import op as estimate
+from sparse_attn.ops.sale_quantize import op as quantize
+from sparse_attn.ops.sale_threshold import op as bar
 from sparse_attn.registry import Op
 
 from .baselines import TOLERANCE
@@ -40,6 +43,7 @@ def run(context: Context) -> None:
     last = [x[:, :key_heads, -1:].contiguous() for x in index[:2]]
     attention(context, f"decode {n}, a quarter", query[:, :, -1:], key, value,
               BlockIndex(*last, 128, 128))  # fmt: skip
+    sale(context, n, query, key)
     half = n // 2
     query, key, value = tensors(context, half, half, heads, key_heads)
     index, _ = random_index(half, heads, 0.25, context.device)
@@ -64,6 +68,32 @@ def attention(
     compare(context, what, attend, (query, key, value, *index, True, sink, window), wrong)
 
 
+def sale(context: Context, n: int, query: torch.Tensor, key: torch.Tensor) -> None:
+    """The three steps of SALE's selection; what they give is compared between the backends."""
+    right: dict[str, Any] = {}
+
+    def same(what: str) -> Callable[..., str | None]:
+        def wrong(*results: torch.Tensor) -> str | None:
+            first = right.setdefault(what, results)
+            if what == "bar":
+                return apart(results[0], first[0].double(), 1e-4)
+            same = all(torch.equal(x, y) for x, y in zip(results, first, strict=True))
+            return None if same else "the backends differ"
+
+        return wrong
+
+    means = [x.float().mean(2) for x in (query, key)]
+    compare(context, f"sale quantize {n}", quantize, (query, means[0]), same("codes"))
+    codes, steps, _ = quantize(query, means[0])
+    keys, key_steps, _ = quantize(key, means[1], "key")
+    threshold = torch.full((query.shape[1],), 0.004, device=context.device)
+    compare(context, f"sale threshold {n}", bar, (query, key, means[1], threshold), same("bar"))
+    theta = bar(query, key, means[1], threshold)
+    bias = torch.zeros_like(theta)
+    compare(context, f"sale estimate {n}", estimate, (codes, steps, keys, key_steps, bias, theta),
+            same("lists"))  # fmt: skip
+
+
 def backward(context: Context, what: str, *args: Any) -> None:
     out, lse = attend(*args, backend="reference")
     args = (torch.randn_like(out), None, *args[:3], out, lse, *args[3:])
@@ -84,7 +114,8 @@ def compare(
     for name in context.backends(op.name):
         run = lambda name=name: op(*args, backend=name)  # noqa: E731
         try:
-            problem = wrong(*run())
+            results = run()
+            problem = wrong(*((results,) if isinstance(results, torch.Tensor) else results))
         except Exception as error:
             context.failed(f"{what}, {name}", error)
             continue

@@ -74,6 +74,51 @@ a few registers of bf16.
 """
 
 
+SALE = """
+## SALE's selection, estimated
+
+Not measured: counted in the machine code of `sale_estimate`'s CUDA kernel (`python -m bench sass`),
+which a warp executes for 64 queries × 32 keys of one head.
+
+| GPU | head_dim | instructions | of them products | |
+|---|---|---|---|---|
+{rows}
+On an H100 SXM ({processors} multiprocessors, {clock} GHz, 8192 operations of 8-bit integers per clock
+and multiprocessor at the peak of 1979 TOP/s, four instructions issued per clock) at 128k tokens,
+32 heads, head_dim 128, where the fastest dense kernel is taken to need {dense:.0f} ms (600 TFLOP/s):
+
+| bound | clocks per 64 × 32 | ms | share of dense |
+|---|---|---|---|
+{bounds}
+The peak needs wgmma. This kernel has mma.sync, which published measurements put at 60 to 65 % of it:
+the first row is out of its reach, the second is what to expect at best, and the goal of 20 % is
+missed by it. The Triton kernel is compiled to {triton}.
+Quantisation, the reference region and the lists come on top.
+"""
+PROCESSORS, CLOCK, DENSE_RATE, HEADS, LENGTH = 132, 1.83e9, 600e12, 32, 131072
+
+
+def sale(tiles: list[dict[str, Any]]) -> str:
+    """What the counts of bench/results/sass.json come to."""
+    rows = "".join(
+        f"| {t['arch']} | {t['head_dim']} | {t['instructions']} | {t['products']} "
+        f"| `{t['product']}` |\n" for t in tiles
+    )  # fmt: skip
+    (own,) = (t for t in tiles if t["arch"] == "sm_90a" and t["head_dim"] == 128)
+    pairs = HEADS * LENGTH**2 / 2
+    dense = 4 * 128 * pairs / DENSE_RATE
+    peak = 2 * 128 * 64 * 32 / 8192
+    bounds = ""
+    for what, clocks in (("products at the peak", peak), ("products at 62 % of it", peak / 0.62),
+                         ("instructions issued", own["instructions"] / 4)):  # fmt: skip
+        seconds = pairs / (64 * 32) * clocks / PROCESSORS / CLOCK
+        bounds += f"| {what} | {clocks:.0f} | {seconds * 1e3:.0f} | {seconds / dense:.0%} |\n"
+    return SALE.format(
+        rows=rows, processors=PROCESSORS, clock=CLOCK / 1e9, dense=dense * 1e3, bounds=bounds,
+        triton=TRITON_PRODUCTS,
+    )  # fmt: skip
+
+
 def measured(found: dict[str, Any]) -> str:
     """The table of one run on a GPU."""
     device = found["device"]
@@ -102,7 +147,7 @@ def measured(found: dict[str, Any]) -> str:
 
 def first_call(rows: list[Row]) -> str:
     lines = []
-    for call in ("prefill", "backward", "decode", "select", "merge"):
+    for call in ("prefill", "backward", "decode", "select", "sale", "merge"):
         case = f"{call} bf16 128"
         found = [row for row in rows if row.case == case and row.arch == "sm_90"]
         lines.append(f"| {case} | {len(found)} | {sum(row.seconds for row in found):.1f} |")
@@ -112,6 +157,7 @@ def first_call(rows: list[Row]) -> str:
 # whose tiles hold a row of queries or keys: every case counts
 BY_WIDTH = (
     "block_sparse_attention", "query_gradient", "key_gradient", "probe_extent", "probe_profile",
+    "sale_estimate",
 )  # fmt: skip
 
 
@@ -149,6 +195,7 @@ def text() -> str:
         + (measured(json.loads(file.read_text())) if file.exists() else NOTHING)
         + COMMANDS + parts
         + FIRST_CALL + first_call(rows)
+        + sale(json.loads((RESULTS / "sass.json").read_text()))
         + ahead + compiled(rows)
     )  # fmt: skip
 

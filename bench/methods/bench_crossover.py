@@ -45,9 +45,13 @@ def measure(
     """Adds dense time / method time for one size; defaults of the method, in tokens of the call."""
     config = METHODS[name]()
     out, stats = attention(query, key, value, config, fallback=False, return_stats=True)
-    rows = slice(-256, None)  # the last two query blocks: all of them would take the reference long
     index = select(query, key, config)
-    part = index._replace(indices=index.indices[:, :, -2:], counts=index.counts[:, :, -2:])
+    # the last query blocks: all of them would take the reference long
+    blocks = 128 // index.q_block
+    rows = slice(-blocks * index.q_block, None)
+    part = index._replace(
+        indices=index.indices[:, :, -blocks:], counts=index.counts[:, :, -blocks:]
+    )
     want = attention(query[:, :, rows], key, value, index=part, backend="reference")
     check(what, out[:, :, rows], want, 1e-2)
     seconds = time_in_turn(

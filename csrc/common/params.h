@@ -67,4 +67,35 @@ struct FlexPrefillParams {
   DType dtype;
 };
 
+// Where the step of a token is: sparse_attn/ops/_sale.py.
+enum class SaleGroup : int { query, key, token };
+
+struct SaleQuantizeParams {
+  const void* x;       // [B, H, T, D]
+  uint8_t* packed;     // [B, H, T, D / 2] contiguous
+  float* step;         // [B, H, groups] contiguous
+  float* center;       // [B, H, D] contiguous; holds the mean if one was given
+  int64_t x_stride[3];  // batch, head, token
+  int64_t B, H, T, D, groups;
+  int64_t block;
+  SaleGroup group;
+  bool mean_given;
+  DType dtype;
+};
+
+struct SaleEstimateParams {
+  const uint8_t* query;     // [B, Hq, Tq, D / 2]
+  const uint8_t* key;       // [B, Hkv, Tk, D / 2]
+  const float* query_step;  // [B, Hq, 8 * ceil(Tq / 16)] contiguous, as all below
+  const float* key_step;    // [B, Hkv, 4 * Nk]
+  const float* key_bias;    // [B, Hq, Tk]
+  const float* theta;       // [B, Hq, Tq]
+  int32_t* indices;         // [B, Hq, Mq, Nk]
+  int32_t* counts;          // [B, Hq, Mq]
+  int64_t query_stride[3], key_stride[3];  // batch, head, token; in bytes
+  int64_t B, Hq, Hkv, Tq, Tk, D, Mq, Nk;
+  int64_t q_block, kv_block;
+  int64_t local_blocks, sink_blocks;
+};
+
 }  // namespace sparse_attn

@@ -71,6 +71,15 @@ def aligned_rows(x: torch.Tensor) -> torch.Tensor:
     return x if rows_are_aligned(x) else x.clone(memory_format=torch.contiguous_format)
 
 
+def aligned_bytes(x: torch.Tensor) -> torch.Tensor:
+    """Rows of uint8 that begin at multiples of 16 bytes, or as near as their length allows."""
+    x = last_dim_contiguous(x)
+    step = 16 if x.shape[3] % 16 == 0 else 4
+    in_use = [stride for i, stride in enumerate(x.stride()[:3]) if x.shape[i] > 1]
+    fits = x.data_ptr() % step == 0 and all(stride % step == 0 for stride in in_use)
+    return x if fits else x.clone(memory_format=torch.contiguous_format)
+
+
 @cache
 def kernel(op: str, name: str) -> Any:
     """A kernel by its name and template arguments; CuPy loads it on each device that asks."""

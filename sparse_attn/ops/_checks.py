@@ -181,6 +181,11 @@ def cuda_kernels_serve(first: torch.Tensor, *args: Any) -> bool | str:
     """What the `when` of every CUDA kernel begins with."""
     if first.dtype not in (torch.float16, torch.bfloat16):
         return f"{first.dtype}, served in float16 and bfloat16; triton and reference take others"
+    return cuda_kernels_run(first)
+
+
+def cuda_kernels_run(first: torch.Tensor) -> bool | str:
+    """The same for kernels whose tensors have other dtypes."""
     if not first.is_cuda:
         return True
     gpu = torch.cuda.get_device_properties(first.device)

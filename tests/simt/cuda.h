@@ -172,6 +172,11 @@ T __reduce_max_sync(uint32_t mask, T x, SIMT_HERE) {
   return simt::combine_lanes("__reduce_max_sync", mask, x, [](T a, T b) { return std::max(a, b); },
                              place);
 }
+template <class T>
+T __reduce_or_sync(uint32_t mask, T x, SIMT_HERE) {
+  return simt::combine_lanes("__reduce_or_sync", mask, x, [](T a, T b) { return T(a | b); },
+                             place);
+}
 
 inline int atomicAdd(int* p, int x) { return simt::atomic_add(p, x); }
 inline unsigned long long atomicAdd(unsigned long long* p, unsigned long long x) {
@@ -195,7 +200,25 @@ inline int __popc(uint32_t x) { return __builtin_popcount(x); }
 inline int __ffs(uint32_t x) { return __builtin_ffs(static_cast<int>(x)); }
 inline int __clz(uint32_t x) { return x == 0 ? 32 : __builtin_clz(x); }
 
+// The sum of c and the products of the four signed bytes of a and b.
+inline int __dp4a(int a, int b, int c) {
+  for (int i = 0; i < 32; i += 8)
+    c += static_cast<int8_t>(a >> i) * static_cast<int8_t>(b >> i);
+  return c;
+}
+
 inline float __fmul_rn(float a, float b) { return a * b; }
+inline float __fadd_rn(float a, float b) { return a + b; }
+inline float __fsub_rn(float a, float b) { return a - b; }
+inline float __fdiv_rn(float a, float b) { return a / b; }
+inline float __int2float_rn(int x) { return static_cast<float>(x); }
+// 0 for NaN, the nearest of int's numbers where there is none
+inline int __float2int_rn(float x) {
+  if (std::isnan(x)) return 0;
+  return static_cast<int>(std::clamp(std::nearbyint(double{x}), -2147483648.0, 2147483647.0));
+}
+inline int __float_as_int(float x) { return __builtin_bit_cast(int, x); }
+inline float __int_as_float(int x) { return __builtin_bit_cast(float, x); }
 inline float __fdividef(float a, float b) { return a / b; }
 inline uint32_t __float_as_uint(float x) { return __builtin_bit_cast(uint32_t, x); }
 inline float __uint_as_float(uint32_t x) { return __builtin_bit_cast(float, x); }

@@ -7,6 +7,8 @@
 //                  first two, of the right half in the others
 //   mma b [16, 8]  register r holds rows 2t + 8r and the next, column g
 //   mma d [16, 8]  0, 1: row g, columns 2t, 2t + 1; 2, 3: the same of row g + 8
+// Integers of 8 and 4 bits have the same layout with four and eight elements per register: with n of
+// them, columns n t of a's halves and rows n t of b's.
 #include <type_traits>
 #include <unordered_map>
 #include <utility>
@@ -159,8 +161,9 @@ void ldmatrix(void* const* lanes, uint32_t) {
     }
 }
 
+template <class D>
 struct MmaLane {
-  float* d;
+  D* d;
   const uint32_t* a;
   uint32_t b[2];
 };
@@ -176,7 +179,7 @@ template <class T>
 void mma(void* const* lanes, uint32_t) {
   float a[16][16], b[16][8], d[16][8];
   for (int i = 0; i < 32; ++i) {
-    const auto& lane = *static_cast<MmaLane*>(lanes[i]);
+    const auto& lane = *static_cast<MmaLane<float>*>(lanes[i]);
     const int g = i / 4, t = i % 4 * 2;
     for (int e = 0; e < 2; ++e) {
       for (int r = 0; r < 4; ++r)
@@ -190,7 +193,35 @@ void mma(void* const* lanes, uint32_t) {
       for (int j = 0; j < 8; ++j) d[i][j] += a[i][k] * b[k][j];
   for (int i = 0; i < 32; ++i)
     for (int r = 0; r < 4; ++r)
-      static_cast<MmaLane*>(lanes[i])->d[r] = d[i / 4 + r / 2 * 8][i % 4 * 2 + r % 2];
+      static_cast<MmaLane<float>*>(lanes[i])->d[r] = d[i / 4 + r / 2 * 8][i % 4 * 2 + r % 2];
+}
+
+// The integer of kBits in place `which` of a register.
+template <int kBits, bool kSigned>
+int integer(uint32_t packed, int which) {
+  const auto bits = static_cast<int32_t>(packed << (32 - kBits * (which + 1)));
+  return kSigned ? bits >> (32 - kBits) : static_cast<int>(static_cast<uint32_t>(bits) >> (32 - kBits));
+}
+
+template <int kBits, bool kSignedB>
+void integer_mma(void* const* lanes, uint32_t) {
+  constexpr int kEach = 32 / kBits, kDepth = 8 * kEach;
+  int a[16][kDepth], b[kDepth][8];
+  for (int i = 0; i < 32; ++i) {
+    const auto& lane = *static_cast<MmaLane<int>*>(lanes[i]);
+    const int g = i / 4, t = i % 4 * kEach;
+    for (int e = 0; e < kEach; ++e) {
+      for (int r = 0; r < 4; ++r)
+        a[g + r % 2 * 8][t + e + r / 2 * 4 * kEach] = integer<kBits, true>(lane.a[r], e);
+      for (int r = 0; r < 2; ++r)
+        b[t + e + r * 4 * kEach][g] = integer<kBits, kSignedB>(lane.b[r], e);
+    }
+  }
+  for (int i = 0; i < 32; ++i)
+    for (int r = 0; r < 4; ++r) {
+      int& d = static_cast<MmaLane<int>*>(lanes[i])->d[r];
+      for (int k = 0; k < kDepth; ++k) d += a[i / 4 + r / 2 * 8][k] * b[k][i % 4 * 2 + r % 2];
+    }
 }
 
 }  // namespace
@@ -210,8 +241,20 @@ void ldmatrix_x4_transposed(uint32_t (&r)[4], const void* row, simt::Place place
 template <class T>
 void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1,
                   simt::Place place) {
-  MmaLane mine{d, a, {b0, b1}};
+  MmaLane<float> mine{d, a, {b0, b1}};
   simt::warp_collective("mma.m16n8k16", simt::kFullMask, &mine, mma<T>, place);
+}
+
+void mma_m16n8k32_s8u8(int (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1,
+                       simt::Place place) {
+  MmaLane<int> mine{d, a, {b0, b1}};
+  simt::warp_collective("mma.m16n8k32", simt::kFullMask, &mine, integer_mma<8, false>, place);
+}
+
+void mma_m16n8k64_s4(int (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1,
+                     simt::Place place) {
+  MmaLane<int> mine{d, a, {b0, b1}};
+  simt::warp_collective("mma.m16n8k64", simt::kFullMask, &mine, integer_mma<4, true>, place);
 }
 
 template void mma_m16n8k16<__half>(float (&)[4], const uint32_t (&)[4], uint32_t, uint32_t,

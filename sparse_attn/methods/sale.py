@@ -1,0 +1,134 @@
+"""SALE: block selection by 4-bit estimates of single scores (arXiv 2505.24179)."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+
+from ..block_index import BlockIndex
+from ..ops import _checks as check
+from ..ops import _sale as sale
+from ..ops import sale_select as ops
+from ..registry import Op
+from . import Selection
+
+
+@dataclass(frozen=True)
+class Sale:
+    """Keeps every block in which one pair of tokens looks important.
+
+    Attributes:
+        threshold: a pair is important if its weight exceeds this share of the reference region's
+            softmax sum (paper: tau); default 0.004, below 1e-5 keeps everything. One number, one
+            per query head (a tuple, list or tensor), or the path of a file that
+            `calibrate_sale` wrote, from which the numbers of `layer` are read at once.
+        layer: which layer of the file; None where it has one only. For all layers: `load`.
+        q_block: queries per block; 16, 32, 64 or 128, default 64.
+        kv_block: keys per block; 16, 32 or 64, default 32.
+        local: the reference region holds the last ceil(local / kv_block) blocks before and at the
+            first query of the block, and those up to its last; default 128 tokens.
+        sink: and the first ceil(sink / kv_block) blocks; default 32 tokens.
+        min_length: prompts of fewer keys take the dense path; default 1024.
+        share_kv_heads: one list per KV head, the union of its query heads' lists; default False.
+    """
+
+    threshold: Any = 0.004
+    q_block: int = 64
+    kv_block: int = 32
+    local: int = 128
+    sink: int = 32
+    min_length: int = 1024
+    share_kv_heads: bool = False
+    layer: int | None = None
+
+    name: ClassVar[str] = "sale"
+
+    def __post_init__(self) -> None:
+        sale.check_grid(self.q_block, self.kv_block, self.local, self.sink)
+        check.not_negative("min_length", self.min_length)
+        sale.check_share(self.share_kv_heads)
+        threshold = self.threshold
+        if isinstance(threshold, (str, Path)):
+            threshold = _of_layer(threshold, self.layer)
+        if isinstance(threshold, torch.Tensor):
+            threshold = threshold.tolist()
+        several = isinstance(threshold, (list, tuple))
+        for x in threshold if several else (threshold,):
+            check.number("threshold", x)
+            check.between("threshold", x, 0, check.MAX_FLOAT32)
+        if several and not threshold:
+            raise ValueError("threshold: got no number, expected one per query head")
+        # so a config says what it does, and does not change when the file does
+        object.__setattr__(self, "threshold", tuple(threshold) if several else threshold)
+
+    @classmethod
+    def load(cls, path: str | Path, **options: Any) -> dict[int, Sale]:
+        """The config of each layer of a calibrated file; `options` replace other fields of it."""
+        found = _read(path)
+        options = {**found["options"], **options}
+        layers = found["layers"].items()
+        return {int(i): cls(threshold=x["threshold"], **options) for i, x in layers}
+
+    def why_not(self, query: torch.Tensor, key: torch.Tensor, causal: bool) -> str | None:
+        if query.shape[3] % 2 != 0:
+            return f"SALE packs two channels a byte, head_dim {query.shape[3]} is odd"
+        return sale.why_not(causal)
+
+    def selector(
+        self, query: torch.Tensor, key: torch.Tensor, causal: bool, scale: float | None
+    ) -> tuple[Op, tuple[Any, ...]]:
+        heads = query.shape[1]
+        new = lambda n, x: query.new_full((n,), x, dtype=torch.float32)  # noqa: E731
+        if isinstance(self.threshold, tuple):  # nothing is copied from the host
+            threshold = torch.cat([new(1, x) for x in self.threshold])
+        else:
+            threshold = new(heads, self.threshold)
+        return ops.op, (
+            query, key, threshold, self.q_block, self.kv_block, self.local, self.sink,
+            self.share_kv_heads, causal, scale, None,
+        )  # fmt: skip
+
+    def select(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        *,
+        causal: bool = True,
+        scale: float | None = None,
+        backend: str | None = None,
+    ) -> Selection:
+        op, args = self.selector(query, key, causal, scale)
+        return Selection(BlockIndex(*op(*args, backend=backend), self.q_block, self.kv_block))
+
+
+def _read(path: str | Path) -> dict[str, Any]:
+    """A file of `Calibration.save`."""
+    try:
+        found = json.loads(Path(path).read_text())
+        legal = found["method"] == "sale" and isinstance(found["options"], dict)
+        legal = legal and all(isinstance(x["threshold"], list) for x in found["layers"].values())
+    except FileNotFoundError:
+        raise ValueError(f"threshold: there is no file {str(path)!r}") from None
+    except (ValueError, KeyError, TypeError, AttributeError):
+        legal = False
+    if not legal:
+        raise ValueError(f"threshold: {str(path)!r} is no file that calibrate_sale wrote")
+    return found
+
+
+def _of_layer(path: str | Path, layer: int | None) -> list[float]:
+    layers = _read(path)["layers"]
+    only = next(iter(layers)) if len(layers) == 1 and layer is None else str(layer)
+    if only not in layers:
+        raise ValueError(
+            f"layer: got {layer}, expected one of {', '.join(layers)}, the layers of "
+            f"{str(path)!r}; Sale.load gives the configs of all"
+        )
+    return layers[only]["threshold"]
+
+
+METHOD = Sale

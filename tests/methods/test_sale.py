@@ -1,0 +1,248 @@
+import json
+
+import pytest
+import torch
+
+import sparse_attn
+from sparse_attn import BlockIndex, Sale
+from sparse_attn.calibrate_sale import START, calibrate_sale
+from sparse_attn.methods.sale import METHOD
+from tests.cases import Shape, inputs
+from tests.ops.test_sale_select import structured
+
+
+def mass_of_blocks(query, key):
+    """Attention mass per 64 x 32 block, [Hq, Mq, Nk], summed over rows, and causal blocks."""
+    n = key.shape[2]
+    scores = (
+        query[0].float() @ key[0].float().repeat_interleave(query.shape[1] // key.shape[1], 0).mT
+    )
+    later = torch.ones(n, n).triu(1).bool()
+    p = (scores / query.shape[3] ** 0.5).masked_fill(later, -torch.inf).softmax(-1)
+    p = torch.nn.functional.pad(p, (0, -n % 32, 0, -n % 64))
+    return p.unflatten(2, (-1, 32)).unflatten(1, (-1, 64)).sum((2, 4))
+
+
+@pytest.mark.parametrize("backend", ["cpp", "reference"])
+@pytest.mark.parametrize("kind", ["mixed", "sharp"])
+def test_no_threshold_equals_dense(backend, kind):
+    query, key, value = structured(kind, 1100, torch.float32)
+    run = lambda m: sparse_attn.attention(  # noqa: E731
+        query, key, value, m, backend=backend, fallback=False
+    )
+    torch.testing.assert_close(run(Sale(threshold=0.0)), run("dense"), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind, tau", [("mixed", 0.004), ("sharp", 0.02), ("peaky", 0.004)])
+def test_keeps_the_mass_and_more_of_it_than_its_share(kind, tau):
+    """Against the exact best choice of as many blocks in each head."""
+    query, key, _ = structured(kind, 2048)
+    mass = mass_of_blocks(query, key)
+    mask = sparse_attn.select(query, key, Sale(threshold=tau)).to_mask(2048)[0]
+    assert 0 < mask.sum() < 0.85 * BlockIndex.full(2048, 2048, 64, 32).counts.sum() * 4
+    kept = (mass * mask).sum().item()
+    sizes = mask.flatten(1).sum(1).tolist()
+    heads = zip(mass.flatten(1), sizes, strict=True)
+    best = sum(of_head.topk(n).values.sum().item() for of_head, n in heads)
+    assert kept >= 0.95 * mass.sum().item(), f"recall {kept / mass.sum().item():.3f}"
+    assert kept >= 0.95 * best, f"{kept / best:.3f} of the best"
+
+
+def test_a_lower_threshold_keeps_more():
+    query, key, _ = structured("sharp", 1500)
+    configs = [Sale(threshold=t) for t in (0.001, 0.01, 0.1)]
+    masks = [sparse_attn.select(query, key, c).to_mask(1500) for c in configs]
+    assert (masks[0] >= masks[1]).all() and (masks[1] >= masks[2]).all()
+    assert masks[0].sum() > masks[1].sum() > masks[2].sum()
+
+
+def test_thresholds_per_head():
+    query, key, _ = structured("sharp", 1500)
+    taus = (0.001, 0.1, 0.0, 0.02)
+    each = sparse_attn.select(query, key, Sale(threshold=torch.tensor(taus))).to_mask(1500)
+    for h, tau in enumerate(taus):
+        alone = sparse_attn.select(query, key, Sale(threshold=tau)).to_mask(1500)
+        assert torch.equal(each[:, h], alone[:, h])
+    with pytest.raises(ValueError, match="threshold: number of heads is 3, expected 4"):
+        sparse_attn.select(query, key, Sale(threshold=[0.1, 0.1, 0.1]))
+
+
+def test_short_prompts_are_dense_and_explain_says_so():
+    query, key, value = inputs(Shape(Tq=700, Tk=1000), torch.bfloat16)
+    why = "1000 keys are fewer than min_length, 1024"
+    assert why in sparse_attn.explain(query, key, value, "sale")
+    out, stats = sparse_attn.attention(query, key, value, "sale", return_stats=True)
+    assert stats.fallback == why and stats.density == 1
+    assert torch.equal(out, sparse_attn.attention(query, key, value, "dense"))
+    stats = sparse_attn.attention(query, key, value, "sale", fallback=False, return_stats=True)[1]
+    assert stats.fallback is None and stats.selected_by == "cpp"
+    assert why not in sparse_attn.explain(query, key, value, Sale(min_length=10))
+
+
+def test_chunks_batches_and_shared_lists():
+    query, key, value = (torch.cat([x, x.flip(1)]) for x in structured("sharp", 1500))
+    config = Sale(threshold=0.02, share_kv_heads=True)
+    index = sparse_attn.select(query[:, :, 900:], key, config)
+    assert index.indices.shape[:3] == (2, 2, 10)
+    out = sparse_attn.attention(query[:, :, 900:], key, value, config, fallback=False)
+    want = sparse_attn.attention(query[:, :, 900:], key, value, index=index)
+    assert torch.equal(out, want)
+    dense = sparse_attn.attention(query, key, value, "dense")[:, :, 900:]
+    assert (out - dense).float().norm() < 0.1 * dense.float().norm()
+    own = sparse_attn.select(query[:, :, 900:], key, Sale(threshold=0.02))
+    assert index.density(600, 1500) > own.density(600, 1500)
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_padded_prompts_in_transformers(side):
+    """Padding tokens never reach the selection: a padded sequence is as it is alone."""
+    transformers = pytest.importorskip("transformers")
+    integration = pytest.importorskip("sparse_attn.integrations.transformers")
+    config = Sale(threshold=0.05, min_length=0)
+    integration.register(config, "sale_padded", fallback=False)
+    tensors = [torch.cat([x, x.flip(1)]) for x in structured("sharp", 900)]
+    query, key, value = tensors
+    real = torch.ones(2, 900, dtype=torch.bool)
+    part = slice(300, None) if side == "left" else slice(None, 600)
+    real[1] = False
+    real[1, part] = True
+    key[~real[:, None].expand(key.shape[:3])] = 1e4  # would win every block
+    mask = real[:, None, None] & torch.ones(900, 900).tril().bool()
+    run = transformers.AttentionInterface()["sale_padded"]
+    out, _ = run(torch.nn.Module(), query, key, value, mask, is_causal=True)
+    for b, tokens in ((0, slice(None)), (1, part)):
+        alone = [x[b : b + 1, :, tokens] for x in tensors]
+        want = sparse_attn.attention(*alone, config, fallback=False)
+        assert torch.equal(out[b : b + 1, tokens].transpose(1, 2), want)
+    assert sparse_attn.select(*alone[:2], config).density(600, 600) < 0.8
+
+
+def test_no_other_head_dim_or_mask():
+    query, key, value = inputs(Shape(D=33, Dv=33))
+    with pytest.raises(NotImplementedError, match="head_dim 33 is odd"):
+        sparse_attn.attention(query, key, value, "sale")
+    query, key, value = inputs(Shape())
+    with pytest.raises(NotImplementedError, match="causal prefill"):
+        sparse_attn.attention(query, key, value, "sale", causal=False)
+
+
+# ---- calibration -------------------------------------------------------------------------------
+
+
+def prompts(*kinds):
+    return [structured(kind, 1200) for kind in kinds]
+
+
+@pytest.mark.parametrize("target", [{"max_error": 0.15}, {"min_recall": 0.985}, {}], ids=str)
+def test_calibration_reaches_its_target(target, tmp_path):
+    found = calibrate_sale([prompts("sharp"), prompts("flat", "mixed")], **target, progress=False)
+    assert found.target == (target or {"max_error": 0.4})
+    for layer, n in zip(found.layers, (1, 2), strict=True):
+        assert layer.prompts == n and all(0 <= t <= START for t in layer.threshold)
+        # the target holds for each prompt, so for the mean
+        if "min_recall" in target:
+            assert min(layer.recall) >= target["min_recall"] - 1e-6
+        else:
+            assert max(layer.error) <= found.target["max_error"] + 1e-6
+        numbers = zip(layer.threshold, layer.density, strict=True)
+        assert all(density == 1 for threshold, density in numbers if threshold == 0)
+    found.save(tmp_path / "sale.json")
+    configs = Sale.load(tmp_path / "sale.json", min_length=3)
+    assert [configs[i].threshold for i in (0, 1)] == [tuple(x.threshold) for x in found.layers]
+    assert configs[1].min_length == 3
+    assert Sale(str(tmp_path / "sale.json"), layer=1).threshold == configs[1].threshold
+    # what the file says is what a call finds
+    query, key, value = prompts("sharp")[0]
+    index = sparse_attn.select(query, key, configs[0])
+    visible = BlockIndex.full(1200, 1200, 64, 32).counts.sum()
+    torch.testing.assert_close(
+        (index.counts[0].sum(-1) / visible), torch.tensor(found.layers[0].density)
+    )
+    text = (tmp_path / "sale.json").read_text()
+    assert json.loads(text)["measured"]["target"] == found.target
+    assert max(len(line) for line in text.split("\n")) < 200, "one list a line"
+
+
+def test_thresholds_are_halved_only_where_needed():
+    """The published search, head by head."""
+    query, key, value = prompts("mixed")[0]
+    (layer,) = calibrate_sale([[(query, key, value)]], max_error=0.1, progress=False).layers
+    dense = sparse_attn.attention(query, key, value, "dense").float()
+    for h in range(4):
+        tau = START
+        while tau >= 1e-4:
+            config = Sale(threshold=tau)
+            out = sparse_attn.attention(query, key, value, config, fallback=False).float()
+            if (out - dense)[0, h].abs().sum(-1).mean() <= 0.1:
+                break
+            tau /= 2
+        assert layer.threshold[h] == pytest.approx(tau if tau >= 1e-4 else 0, rel=1e-5)
+    assert len(set(layer.threshold)) > 1
+
+
+def test_calibration_shows_a_bar(capsys):
+    calibrate_sale([prompts("sharp")])
+    assert "layer 0" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "arguments, options, message",
+    [
+        ([], {}, "layers: got none"),
+        ([[]], {}, "layers: layer 0 has no prompt"),
+        ([], {"min_recall": 1.5}, "min_recall: got 1.5, expected 0 to 1"),
+        ([], {"max_error": "a"}, "max_error: got 'a', expected a number"),
+    ],
+)
+def test_calibration_checks_its_arguments(arguments, options, message):
+    with pytest.raises((ValueError, TypeError), match=message):
+        calibrate_sale(arguments, **options, progress=False)
+
+
+# ---- the config --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "name, value, expected",
+    [
+        ("threshold", -1, "0 to"),
+        ("threshold", float("nan"), "0 to"),
+        ("threshold", None, "a number"),
+        ("threshold", True, "a number"),
+        ("q_block", 48, r"one of \(16, 32, 64, 128\)"),
+        ("kv_block", 128, r"one of \(16, 32, 64\)"),
+        ("kv_block", "a", "an integer"),
+        ("local", 0, "1 to"),
+        ("sink", -1, "0 or more"),
+        ("min_length", 1.5, "an integer"),
+        ("share_kv_heads", 1, "True or False"),
+    ],
+)
+def test_config_checks_itself(name, value, expected):
+    with pytest.raises(
+        (ValueError, TypeError), match=f"{name}: got {value!r}, expected {expected}"
+    ):
+        Sale(**{name: value})
+
+
+def test_files_are_checked(tmp_path):
+    with pytest.raises(ValueError, match="threshold: there is no file"):
+        Sale(threshold=str(tmp_path / "none.json"))
+    path = tmp_path / "other.json"
+    for text in ("{", "[]", '{"method": "sale"}', '{"method": "hip", "options": {}, "layers": {}}'):
+        path.write_text(text)
+        with pytest.raises(ValueError, match="is no file that calibrate_sale wrote"):
+            Sale(threshold=path)
+    layer = {"threshold": [0.1, 0.2]}
+    path.write_text(json.dumps({"method": "sale", "options": {}, "layers": {"0": layer}}))
+    assert Sale(path).threshold == (0.1, 0.2)
+    with pytest.raises(ValueError, match="layer: got 1, expected one of 0, the layers"):
+        Sale(path, layer=1)
+
+
+def test_config_is_frozen_and_hashable():
+    config = Sale(threshold=torch.tensor([0.5, 0.25]))
+    assert config == Sale(threshold=(0.5, 0.25)) and hash(config) == hash(Sale([0.5, 0.25]))
+    with pytest.raises(AttributeError):
+        config.threshold = 1
+    assert METHOD.name == "sale"
