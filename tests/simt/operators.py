@@ -1,7 +1,8 @@
 """Runs the CUDA kernels of an operator in the executor, for tensors on the CPU.
 
 The program of an operator (tests/simt/ops/<op>.cpp) gets the tensors of a call and of its results
-by the names of the schema and the other arguments as numbers; None is left out.
+by the names of the schema and the other arguments as numbers; None is left out. A string is a
+number 1 named "argument=string", a list one number "argument[i]" per element.
 """
 
 from __future__ import annotations
@@ -18,7 +19,9 @@ from sparse_attn.registry import NS, OPS, Op
 
 from . import HERE, run
 
-ROWS_OF_16_BYTES = ("block_sparse_attention", "flex_prefill_select")
+ROWS_OF_16_BYTES = (
+    "block_sparse_attention", "flex_prefill_select", "hip_prune_select", "hip_select",
+)  # fmt: skip
 LIBRARY = torch.library.Library(NS, "IMPL")
 _seed = 0
 
@@ -42,6 +45,11 @@ def arguments(op: Op, *args: Any) -> tuple[dict, dict, dict]:
     values = {a.name: x for a, x in zip(schema.arguments, op.bind(*args), strict=True)}
     inputs = {k: as_bound(op, x) for k, x in values.items() if isinstance(x, torch.Tensor)}
     numbers = {k: x for k, x in values.items() if isinstance(x, (bool, int, float))}
+    for name, x in values.items():
+        if isinstance(x, str):
+            numbers[f"{name}={x}"] = 1
+        elif isinstance(x, (list, tuple)):
+            numbers |= {f"{name}[{i}]": n for i, n in enumerate(x)}
     numbers["dtype"] = DTYPES[next(iter(inputs.values())).dtype]
     outputs = {r.name: poisoned(x) for r, x in zip(schema.returns, op.empty(*args), strict=True)}
     return inputs, outputs, numbers
