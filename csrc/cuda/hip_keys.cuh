@@ -4,13 +4,14 @@
 // copies, so that warps never wait for each other while they score. A key's score is its largest
 // product with the rows of queries in shared memory.
 #pragma once
-#include "hip_params.h"
+#include "hip_cuda_params.h"
 #include "shared_tile.cuh"
 #include "top_k.cuh"
 
 namespace sparse_attn {
 
 constexpr uint32_t kAllLanes = 0xffffffff;
+static_assert(sizeof(TopKShared) == kHipTopKBytes);
 
 // The sampled queries of one block of queries: every stride-th, counted back from the last.
 struct SampledRows {
@@ -19,10 +20,10 @@ struct SampledRows {
   int stride;
   bool causal;
 
-  __device__ __forceinline__ SampledRows(const HipCudaParams& p, int64_t block, int64_t every,
+  __device__ __forceinline__ SampledRows(const HipParams& p, int64_t block, int64_t every,
                                          int n_keys) {
     const int64_t first = block * p.q_block, end = min(first + p.q_block, p.Tq);
-    last = static_cast<int>(end) - 1, stride = static_cast<int>(every), causal = p.causal != 0;
+    last = static_cast<int>(end) - 1, stride = static_cast<int>(every), causal = p.causal;
     n = static_cast<int>((end - 1 - first) / every) + 1;
     const int64_t own = causal ? n_keys - p.Tq + last - p.window : int64_t{n_keys} - 1;
     limit = static_cast<int>(max(own, int64_t{-1}));
@@ -39,19 +40,21 @@ struct KeyRows {
   const T* base;
   const int32_t* table;  // of the sequence, or null
   int64_t page_stride, token_stride;
-  int n, page_size;
+  int n, page_bits;
 
-  __device__ __forceinline__ KeyRows(const HipCudaParams& p, int64_t batch, int64_t kv_head) {
+  __device__ __forceinline__ KeyRows(const HipParams& p, int64_t batch, int64_t kv_head) {
+    const bool paged = p.block_table != nullptr;
     base = static_cast<const T*>(p.key) + kv_head * p.key_stride[1];
-    token_stride = p.key_stride[2], page_stride = p.key_stride[0];
-    page_size = static_cast<int>(p.page_size);
-    table = page_size == 0 ? nullptr : p.block_table + batch * p.table_stride;
-    if (page_size == 0) base += batch * p.key_stride[0];
-    n = page_size == 0 ? static_cast<int>(p.Tk) : p.kv_lengths[batch * p.lengths_stride];
+    if (!paged) base += batch * p.key_stride[0];
+    table = paged ? p.block_table + batch * p.block_table_stride : nullptr;
+    page_stride = p.key_stride[0], token_stride = p.key_stride[2];
+    page_bits = static_cast<int>(p.page_bits);
+    n = p.kv_lengths == nullptr ? static_cast<int>(p.Tk) : p.kv_lengths[batch];
   }
   __device__ __forceinline__ int64_t offset(int token) const {
     if (table == nullptr) return token * token_stride;
-    return table[token / page_size] * page_stride + token % page_size * token_stride;
+    return table[token >> page_bits] * page_stride +
+           (token & (1 << page_bits) - 1) * token_stride;
   }
 };
 
@@ -60,15 +63,21 @@ template <class T, int kDim>
 struct QueryRows {
   SharedTile<kDim> tile;
   int* limits;
+  int capacity;     // rows that there is room for
   int rows, steps;  // multiples of 16, of the rows and of the head dimension
   int limit;        // that holds for all rows
   float sign;
 
+  __device__ __forceinline__ QueryRows(const HipParams& p, unsigned char* memory, int* limits,
+                                       int64_t capacity)
+      : tile{memory}, limits(limits), capacity(static_cast<int>(capacity)), rows(0),
+        steps(static_cast<int>((p.D + 15) / 16)), limit(0), sign(p.sign) {}
+
   // Loads rows first.. of `heads` heads from `head` on; missing ones repeat the last, which changes
   // no maximum. Ends with a barrier, before which no thread may still read the rows before.
-  __device__ __forceinline__ void load(const HipCudaParams& p, int64_t batch, int64_t head,
+  __device__ __forceinline__ void load(const HipParams& p, int64_t batch, int64_t head,
                                        int heads, const SampledRows& sampled, int first) {
-    const int total = heads * sampled.n, left = min(total - first, static_cast<int>(p.rows));
+    const int total = heads * sampled.n, left = min(total - first, capacity);
     rows = (left + 15) / 16 * 16;
     const T* const query = static_cast<const T*>(p.query) + batch * p.query_stride[0] +
                            head * p.query_stride[1];
@@ -160,7 +169,7 @@ struct KeyRing {
   unsigned char* base;
 
   __device__ __forceinline__ explicit KeyRing(unsigned char* rings)
-      : base(rings + threadIdx.x / 32 * (kHipStages * kTileBytes)) {}
+      : base(rings + threadIdx.x / 32 * (kHipTiles * kTileBytes)) {}
   __device__ __forceinline__ SharedTile<kDim> stage(int i) const { return {base + i * kTileBytes}; }
 };
 
@@ -176,21 +185,21 @@ __device__ __forceinline__ void score_tokens(const KeyRows<T>& keys,
   const auto fetch = [&](int i) {
     const int first = (warp + i * warps) * kHipTileKeys, token = first + lane % kHipTileKeys;
     if (first < n)
-      copy_keys(ring.stage(i % kHipStages), keys, token < n ? token_of(token) : -1, D);
+      copy_keys(ring.stage(i % kHipTiles), keys, token < n ? token_of(token) : -1, D);
     cp_async_commit();
   };
-  for (int i = 0; i < kHipStages - 1; ++i) fetch(i);
+  for (int i = 0; i < kHipTiles - 1; ++i) fetch(i);
   for (int i = 0;; ++i) {
     const int first = (warp + i * warps) * kHipTileKeys, row = first + lane / 4;
     if (first >= n) break;
-    fetch(i + kHipStages - 1);
-    cp_async_wait<kHipStages - 1>();
+    fetch(i + kHipTiles - 1);
+    cp_async_wait<kHipTiles - 1>();
     __syncwarp();
     const bool masked = bound_of(min(first + kHipTileKeys, n) - 1) > query.limit;
     int token[2] = {};
     if (masked) token[0] = token_of(min(row, n - 1)), token[1] = token_of(min(row + 8, n - 1));
     float best[2];
-    score_tile(ring.stage(i % kHipStages), query, masked, token, best);
+    score_tile(ring.stage(i % kHipTiles), query, masked, token, best);
     if (lane % 4 == 0 && row < n) take(row, best[0]);
     if (lane % 4 == 1 && row + 8 < n) take(row + 8, best[1]);
     __syncwarp();  // the stage has been read

@@ -20,7 +20,7 @@ struct HipPruneShared {
     const int n_rows = static_cast<int>(p.rows), room = static_cast<int>(p.room);
     rows = memory, rings = rows + n_rows * row_bytes;
     const int warps = blockDim.x / 32;
-    limits = reinterpret_cast<int*>(rings + warps * kHipStages * kHipTileKeys * row_bytes);
+    limits = reinterpret_cast<int*>(rings + warps * kHipTiles * kHipTileKeys * row_bytes);
     top = reinterpret_cast<TopKShared*>(limits + n_rows);
     candidates = reinterpret_cast<int*>(top + 1);
     scores = candidates + room, parents = scores + room;
@@ -60,7 +60,7 @@ __device__ __forceinline__ void descend(const KeyRows<T>& keys, const QueryRows<
   const KeyRing<kDim> ring(rings);
   const int warps = blockDim.x / 32, warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const int groups = (n + 7) / 8, levels = 32 - __clz(chunks.size - 1);
-  Descent x[kHipStages];
+  Descent x[kHipTiles];
   const auto begin = [&](Descent& d, int group) {
     d.group = group, d.score = -kInfinity;
     const int i = group * 8 + lane / 4;
@@ -85,15 +85,15 @@ __device__ __forceinline__ void descend(const KeyRows<T>& keys, const QueryRows<
     }
     cp_async_commit();
   };
-  int first_group = warp * kHipStages;
+  int first_group = warp * kHipTiles;
 #pragma unroll
-  for (int s = 0; s < kHipStages; ++s) begin(x[s], first_group + s), fetch(x[s], s);
-  for (; first_group < groups; first_group += warps * kHipStages)
+  for (int s = 0; s < kHipTiles; ++s) begin(x[s], first_group + s), fetch(x[s], s);
+  for (; first_group < groups; first_group += warps * kHipTiles)
     for (int level = 0; level < levels; ++level)
 #pragma unroll
-      for (int s = 0; s < kHipStages; ++s) {
+      for (int s = 0; s < kHipTiles; ++s) {
         Descent& d = x[s];
-        cp_async_wait<kHipStages - 1>();
+        cp_async_wait<kHipTiles - 1>();
         __syncwarp();
         if (d.group < groups) {
           const int token[2] = {left(d), right(d)};
@@ -105,7 +105,7 @@ __device__ __forceinline__ void descend(const KeyRows<T>& keys, const QueryRows<
           if (level == levels - 1) {
             const int i = d.group * 8 + lane / 4;
             if (lane % 4 == 0 && i < n && d.last > 0) atomicMax(&scores[i], ordered(d.score));
-            begin(d, d.group + warps * kHipStages);
+            begin(d, d.group + warps * kHipTiles);
           }
         }
         __syncwarp();  // the stage has been read
@@ -122,16 +122,17 @@ __device__ __forceinline__ void score_chunks(const HipPruneCudaParams& p, const 
                                              int64_t first_head, const HipPruneShared& s,
                                              const int* candidates, int* scores, int n) {
   const int group = static_cast<int>(p.Hq / p.Hkv), D = static_cast<int>(p.D);
+  const int heads = static_cast<int>(p.Hq / p.H);
   const bool scan = chunks.size <= kHipScanned;
   // heads that share keys are rows of one tile where all look at the same keys
-  const int together = scan ? min(group, static_cast<int>(p.merged)) : 1;
-  for (int64_t head = first_head; head < first_head + p.merged; head += together) {
+  const int together = scan ? min(group, heads) : 1;
+  for (int64_t head = first_head; head < first_head + heads; head += together) {
     const KeyRows<T> keys(p, batch, head / group);
     for (int row = 0; row < together * sampled.n; row += static_cast<int>(p.rows)) {
       __syncthreads();
       query.load(p, batch, head, together, sampled, row);
       if (!scan) {
-        descend(keys, query, D, p.centre != 0, chunks, s.rings, candidates, scores, n);
+        descend(keys, query, D, p.centre, chunks, s.rings, candidates, scores, n);
         continue;
       }
       const int size = chunks.size;
@@ -197,36 +198,35 @@ __global__ void __launch_bounds__(32 * kHipMostWarps, 1)
   SA_SHARED_MEMORY(memory);
   const HipPruneShared s(memory, p, SharedTile<kDim>::kRowBytes);
   // lists that share keys run side by side, for the sake of the second-level cache
-  const int64_t lists = p.Hq / p.merged, group = p.Hq / p.Hkv;
-  const int64_t side = max(group / p.merged, int64_t{1});
+  const int64_t side = max(p.H / p.Hkv, int64_t{1}), others = p.H / side;
   const int64_t block = blockIdx.x / side % p.Mq, rest = blockIdx.x / side / p.Mq;
-  const int64_t batch = rest / (lists / side), list = rest % (lists / side) * side + blockIdx.x % side;
+  const int64_t batch = rest / others, list = rest % others * side + blockIdx.x % side;
   const int n_keys = KeyRows<T>(p, batch, 0).n;
-  const int smallest = static_cast<int>(p.chunks[p.stages - 1]);
+  const int smallest = static_cast<int>(p.chunk[p.stages - 1]);
   Chunks chunks{p.sink / smallest * smallest, SampledRows(p, block, 1, n_keys).limit + int64_t{1},
-                static_cast<int>(p.chunks[0])};
-  QueryRows<T, kDim> query{{s.rows}, s.limits, 0, static_cast<int>((p.D + 15) / 16), 0, p.sign};
+                static_cast<int>(p.chunk[0])};
+  QueryRows<T, kDim> query(p, s.rows, s.limits, p.rows);
   int count = 0;
   for (int stage = 0; stage < p.stages && chunks.begin < chunks.end; ++stage) {
     int64_t first_chunk = -1, n_parents = count;
     int split = 1;
-    chunks.size = static_cast<int>(p.chunks[stage]);
+    chunks.size = static_cast<int>(p.chunk[stage]);
     if (stage == 0) {
       first_chunk = chunks.begin / chunks.size;
       n_parents = (chunks.end - 1) / chunks.size - first_chunk + 1;
     } else {
-      split = static_cast<int>(p.chunks[stage - 1]) / chunks.size;
+      split = static_cast<int>(p.chunk[stage - 1]) / chunks.size;
       for (int i = threadIdx.x; i < count; i += blockDim.x) s.parents[i] = s.candidates[i];
       __syncthreads();
     }
-    const SampledRows sampled(p, block, p.q_strides[stage], n_keys);
-    count = prune_stage(p, chunks, static_cast<int>(p.keeps[stage]), split, first_chunk, n_parents,
-                        sampled, query, batch, list * p.merged, s);
+    const SampledRows sampled(p, block, p.q_stride[stage], n_keys);
+    count = prune_stage(p, chunks, static_cast<int>(p.keep[stage]), split, first_chunk, n_parents,
+                        sampled, query, batch, list * (p.Hq / p.H), s);
   }
-  const int64_t out = (batch * lists + list) * p.Mq + block;
-  int32_t* const indices = p.indices + out * p.places;
+  const int64_t out = (batch * p.H + list) * p.Mq + block;
+  int32_t* const indices = p.indices + out * p.K;
   for (int i = threadIdx.x; i < count; i += blockDim.x) indices[i] = s.candidates[i];
-  for (int i = count + threadIdx.x; i < p.places; i += blockDim.x) indices[i] = 0;
+  for (int i = count + threadIdx.x; i < p.K; i += blockDim.x) indices[i] = 0;
   if (threadIdx.x == 0) p.counts[out] = count;
 }
 

@@ -4,28 +4,19 @@
 
 namespace sparse_attn {
 
-struct HipPrunePlan {
-  LaunchPlan launch;
-  int64_t dim;
-};
-
-// Completes p, which has the shapes and the options.
-static inline HipPrunePlan plan_hip_prune_select(HipPruneCudaParams& p,
-                                                 const DeviceLimits& limits) {
-  const int64_t blocks = ceil_div(p.Tk, p.chunks[p.stages - 1]);
-  p.Mq = ceil_div(p.Tq, p.q_block);
-  p.places = p.keeps[p.stages - 1] < blocks ? p.keeps[p.stages - 1] : blocks;
-  int64_t most = 0, rows = 1;
+// Completes p.
+static inline HipPlan plan_hip_prune_select(HipPruneCudaParams& p, const DeviceLimits& limits) {
+  int64_t most = 128;
+  p.rows = 16;
   for (int64_t i = 0; i < p.stages; ++i) {
-    if (p.keeps[i] > most) most = p.keeps[i];
-    const int64_t sampled = ceil_div(p.q_block < p.Tq ? p.q_block : p.Tq, p.q_strides[i]);
-    if (sampled > rows) rows = sampled;
+    const int64_t there = ceil_div(p.Tk, p.chunk[i]);
+    if (p.keep[i] > there) p.keep[i] = there;
+    const int64_t rows = hip_rows(p, 1, p.q_stride[i], 128);
+    if (p.rows < rows) p.rows = rows;
+    if (most < p.keep[i]) most = p.keep[i];
   }
-  p.room = 2 * (most > 128 ? most : 128);
-  HipPrunePlan plan;
-  plan.dim = plan_hip(p, p.B * (p.Hq / p.merged) * p.Mq, rows, 4 * (2 * p.room + most), true,
-                      limits, plan.launch);
-  return plan;
+  p.room = 2 * most;
+  return plan_hip(p, 4 * (2 * p.room + most), p.rows, p.rows, limits);
 }
 
 }  // namespace sparse_attn

@@ -30,12 +30,12 @@ struct HipSelectShared {
     n_nodes = static_cast<int>(p.nodes);
     rows = memory, rings = rows + n_rows * row_bytes;
     const int warps = blockDim.x / 32;
-    limits = reinterpret_cast<int*>(rings + warps * kHipStages * kHipTileKeys * row_bytes);
+    limits = reinterpret_cast<int*>(rings + warps * kHipTiles * kHipTileKeys * row_bytes);
     top = reinterpret_cast<TopKShared*>(limits + n_rows);
     node_memory = reinterpret_cast<int*>(top + 1);
     node_scores = node_memory + 4 * n_nodes;
     scores = node_scores + n_nodes;
-    missing = reinterpret_cast<uint16_t*>(scores + (n_nodes << p.log2_branch));
+    missing = reinterpret_cast<uint16_t*>(scores + n_nodes * p.branch);
   }
   __device__ __forceinline__ TreeNodes nodes(int buffer) const {
     int* const start = node_memory + 2 * buffer * n_nodes;
@@ -98,9 +98,9 @@ __device__ __forceinline__ int search_tree(const HipSelectCudaParams& p, const T
                                            const KeyRows<T>& keys, QueryRows<T, kDim>& query,
                                            const SampledRows& sampled, int64_t batch, int64_t head,
                                            HipSelectShared& s) {
-  const int keep = static_cast<int>(p.keep), children = keep << p.log2_branch;
+  const int keep = static_cast<int>(p.keep), children = keep * static_cast<int>(p.branch);
   const int samples = static_cast<int>(p.samples), block = static_cast<int>(p.kv_block);
-  const int total_rows = static_cast<int>(p.merged) * sampled.n;
+  const int heads = static_cast<int>(p.Hq / p.H), total_rows = heads * sampled.n;
   const bool once = total_rows <= p.rows;  // the rows stay in shared memory
   int long_ones = 0;
   for (int j = threadIdx.x; j < keep; j += blockDim.x) {
@@ -109,7 +109,7 @@ __device__ __forceinline__ int search_tree(const HipSelectCudaParams& p, const T
     s.nodes(0).start[j] = tree.begin + from, s.nodes(0).length[j] = to - from;
     long_ones |= to - from > 1;
   }
-  if (once) query.load(p, batch, head, static_cast<int>(p.merged), sampled, 0);
+  if (once) query.load(p, batch, head, heads, sampled, 0);
   int buffer = 0;
   for (bool scored = false; __syncthreads_or(long_ones); scored = true, buffer ^= 1) {
     const TreeNodes nodes = s.nodes(buffer), next = s.nodes(buffer ^ 1);
@@ -118,13 +118,13 @@ __device__ __forceinline__ int search_tree(const HipSelectCudaParams& p, const T
       return tree.representative(tree.child(nodes, s.missing[i / samples]));
     };
     const auto token_of = [&](int i) {
-      return block_of(i) * block + i % samples * static_cast<int>(p.key_stride_in_block);
+      return block_of(i) * block + i % samples * static_cast<int>(p.key_step);
     };
     const auto bound_of = [&](int i) { return block_of(i) * block + block - 1; };
     for (int first = 0; first < total_rows; first += static_cast<int>(p.rows)) {
       if (!once) {
         __syncthreads();
-        query.load(p, batch, head, static_cast<int>(p.merged), sampled, first);
+        query.load(p, batch, head, heads, sampled, first);
       }
       score_tokens(keys, query, static_cast<int>(p.D), s.rings, missing * samples, token_of,
                    bound_of, [&](int i, float score) {
@@ -148,27 +148,27 @@ __global__ void __launch_bounds__(32 * kHipMostWarps, 1)
     hip_select_kernel(const __grid_constant__ HipSelectCudaParams p) {
   SA_SHARED_MEMORY(memory);
   // heads that share keys run side by side, for the sake of the second-level cache
-  const int64_t lists = p.Hq / p.merged, group = p.Hq / p.Hkv, side = group / p.merged;
+  const int64_t side = p.H / p.Hkv;
   const int64_t block = blockIdx.x / side % p.Mq, kv = blockIdx.x / side / p.Mq;
   const int64_t batch = kv / p.Hkv, kv_head = kv % p.Hkv;
   const int64_t list = kv_head * side + blockIdx.x % side;
   const KeyRows<T> keys(p, batch, kv_head);
   const SampledRows sampled(p, block, p.q_stride, keys.n);
   const int64_t begin = p.sink / p.kv_block, end = (sampled.limit + p.kv_block) / p.kv_block;
-  const Tree tree{static_cast<int>(p.log2_branch), static_cast<int>(begin),
-                  static_cast<int>(max(end - begin, int64_t{0})), p.centre != 0};
+  const Tree tree{p.branch == 4 ? 2 : 1, static_cast<int>(begin),
+                  static_cast<int>(max(end - begin, int64_t{0})), p.centre};
   const int count = static_cast<int>(min(int64_t{tree.count}, p.keep));
-  const int64_t out = (batch * lists + list) * p.Mq + block;
-  int32_t* const indices = p.indices + out * p.places;
+  const int64_t out = (batch * p.H + list) * p.Mq + block;
+  int32_t* const indices = p.indices + out * p.K;
   if (tree.count <= p.keep) {
     for (int i = threadIdx.x; i < count; i += blockDim.x) indices[i] = tree.begin + i;
   } else {
     HipSelectShared s(memory, p, SharedTile<kDim>::kRowBytes);
-    QueryRows<T, kDim> query{{s.rows}, s.limits, 0, static_cast<int>((p.D + 15) / 16), 0, p.sign};
-    const int found = search_tree(p, tree, keys, query, sampled, batch, list * p.merged, s);
+    QueryRows<T, kDim> query(p, s.rows, s.limits, p.rows);
+    const int found = search_tree(p, tree, keys, query, sampled, batch, list * (p.Hq / p.H), s);
     for (int i = threadIdx.x; i < count; i += blockDim.x) indices[i] = s.nodes(found).start[i];
   }
-  for (int i = count + threadIdx.x; i < p.places; i += blockDim.x) indices[i] = 0;
+  for (int i = count + threadIdx.x; i < p.K; i += blockDim.x) indices[i] = 0;
   if (threadIdx.x == 0) p.counts[out] = count;
 }
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from ..registry import Op
 from . import _checks as check
 from . import _hip as hip
+from . import _hip_kernels as kernels
 
 op = Op(
     "hip_prune_select",
@@ -54,6 +55,20 @@ def _(query, key, chunks, keeps, q_strides, q_block, sink, window, representativ
     check.finite_scale(scale)
 
 
+def _triton_serves(query, key, chunks, keeps, *rest):
+    return kernels.triton(query, kernels.stages_fit(key, chunks, keeps, rest[-2]))
+
+
+def _cuda_serves(query, key, chunks, keeps, q_strides, q_block, *rest):
+    rows = max(-(-min(q_block, query.shape[2]) // stride) for stride in q_strides)
+    if query.shape[3] > 128 and rows > 64:
+        return f"q_strides: {rows} queries sampled, served up to 64 where head_dim is above 128"
+    fits = kernels.stages_fit(key, chunks, keeps, rest[-2])
+    return kernels.cuda(query, key, fits, rest[-2])
+
+
+op.impl("triton", device="cuda", when=_triton_serves)
+op.impl("cuda", device="cuda", when=_cuda_serves)
 op.impl("reference", device="any")
 op.autocast(2)
 op.no_grad("A selection has no gradient: call it on detached tensors.")

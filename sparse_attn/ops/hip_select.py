@@ -5,6 +5,7 @@ from __future__ import annotations
 from ..registry import Op
 from . import _checks as check
 from . import _hip as hip
+from . import _hip_kernels as kernels
 
 OPTIONS = (
     "SymInt budget=512, int q_block=64, int kv_block=2, int q_stride=2, int key_stride=1, "
@@ -51,6 +52,17 @@ def _(query, key, budget, q_block, kv_block, q_stride, key_stride, sink, window,
     check.finite_scale(scale)
 
 
+def _triton_serves(query, key, budget, q_block, kv_block, *rest):
+    return kernels.triton(query, kernels.tree_fits(key, budget, kv_block, rest[-2]))
+
+
+def _cuda_serves(query, key, budget, q_block, kv_block, *rest):
+    fits = kernels.tree_fits(key, budget, kv_block, rest[-2])
+    return kernels.cuda(query, key, fits, rest[-2])
+
+
+op.impl("triton", device="cuda", when=_triton_serves)
+op.impl("cuda", device="cuda", when=_cuda_serves)
 op.impl("reference", device="any")
 op.autocast(2)
 op.no_grad("A selection has no gradient: call it on detached tensors.")
