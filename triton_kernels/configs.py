@@ -154,3 +154,13 @@ def probe_tile(dtype: torch.dtype, head_dim: int, rows: int) -> dict[str, Any]:
         "GROUPS": padded(rows) // block_r, "TILES": 2048 // most,
         "num_warps": 4 if dtype.itemsize == 2 else 8, "num_stages": 2,
     }  # fmt: skip
+
+
+def hip_tile(dtype: torch.dtype, head_dim: int, rows: int) -> dict[str, Any]:
+    """The tile of HiP's selections: sampled queries, and gathered keys at once."""
+    half, block_d = dtype.itemsize == 2, padded(head_dim)
+    return {
+        "D": head_dim, "BLOCK_D": block_d, "BLOCK_R": min(64 if half else 32, padded(rows)),
+        "BLOCK_N": max(16, min(64, (8192 if half else 4096) // block_d)),
+        "num_warps": 4, "num_stages": 3 if half else 2,
+    }  # fmt: skip
