@@ -54,6 +54,7 @@ def _(query, key, chunks, keeps, q_strides, q_block, sink, window, representativ
     check.finite_scale(scale)
 
 
+op.impl("cpp", device="cpu", when=check.not_float64)
 op.impl("reference", device="any")
 op.autocast(2)
 op.no_grad("A selection has no gradient: call it on detached tensors.")

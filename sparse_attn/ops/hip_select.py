@@ -51,6 +51,7 @@ def _(query, key, budget, q_block, kv_block, q_stride, key_stride, sink, window,
     check.finite_scale(scale)
 
 
+op.impl("cpp", device="cpu", when=check.not_float64)
 op.impl("reference", device="any")
 op.autocast(2)
 op.no_grad("A selection has no gradient: call it on detached tensors.")
