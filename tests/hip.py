@@ -90,13 +90,17 @@ def nearest_ties(reference, call):
     return torch.tensor(gaps)
 
 
-def paged(key, page_size, lengths=None, seed=0):
+def paged(key, page_size, lengths, seed=0):
     """key [B, Hkv, Tk, D] scattered over pages in any order: (pages, block_table, kv_lengths).
 
-    Sequence b holds its first lengths[b] tokens; pages that belong to nobody are NaN.
+    Sequence b holds its first lengths[b] tokens; what belongs to nobody is NaN. Without a page size
+    there is one piece per sequence and no table.
     """
     batch, heads, n_keys, dim = key.shape
-    lengths = torch.tensor(lengths or [n_keys] * batch, dtype=torch.int32)
+    lengths = torch.tensor(lengths, dtype=torch.int32)
+    if page_size is None:
+        beyond = torch.arange(n_keys)[:, None] >= lengths[:, None, None, None]
+        return key.masked_fill(beyond, torch.nan), None, lengths
     most = -(-n_keys // page_size)
     generator = torch.Generator().manual_seed(seed)
     table = torch.randperm(batch * most + 3, generator=generator)[: batch * most]

@@ -39,12 +39,11 @@ def sequences(
 ) -> Iterator[torch.Tensor]:
     """The keys [Hkv, Tk_b, D] of each sequence, gathered from its pages where there are any."""
     for b in range(batch):
-        if block_table is None or kv_lengths is None:
-            yield key[b]
-            continue
-        length, page_size = int(kv_lengths[b]), key.shape[2]
-        pages = block_table[b, : -(-length // page_size)].long()
-        yield key[pages].transpose(0, 1).flatten(1, 2)[:, :length]
+        if block_table is None:
+            keys = key[b]
+        else:
+            keys = key[block_table[b].long()].transpose(0, 1).flatten(1, 2)
+        yield keys if kv_lengths is None else keys[:, : int(kv_lengths[b])]
 
 
 def scores(

@@ -202,15 +202,18 @@ def test_strange_numbers(run, value):
 
 
 @pytest.mark.parametrize("run", RUNS, ids=str)
-@pytest.mark.parametrize("page_size", [16, 48, 128])
+@pytest.mark.parametrize("page_size", [None, 16, 32, 128])
 def test_pages(run, page_size):
     shape = Shape(B=3, Hq=4, Hkv=2, Tq=40, Tk=270)
     query, key = hip.smooth_keys(shape, dtype=dtype_for(run))
-    lengths = [270, 131, 17]
+    lengths = [270, 131, 0]
     options = STAGES | {"keeps": [192, 64, 16], "q_block": 16, "window": 10, "sink": 4}
     pages, table, n = hip.paged(key, page_size, lengths)
     got = mask_of(query, pages, run, **options, block_table=table, kv_lengths=n)
     for b, length in enumerate(lengths):
+        if length == 0:
+            assert not got[b].any()
+            continue
         alone = mask_of(query[b : b + 1], key[b : b + 1, :, :length], run, **options)
         assert torch.equal(got[b : b + 1, ..., : alone.shape[-1]], alone)
         assert not got[b, ..., alone.shape[-1] :].any()

@@ -263,16 +263,19 @@ def test_strange_numbers(run, value):
 
 
 @pytest.mark.parametrize("run", RUNS, ids=str)
-@pytest.mark.parametrize("page_size", [16, 48, 128])
+@pytest.mark.parametrize("page_size", [None, 16, 32, 128])
 def test_pages(run, page_size):
-    """Any order of pages, lengths of their own: as each sequence alone."""
+    """Any order of pages, or none, lengths of their own: as each sequence alone."""
     shape = Shape(B=3, Hq=4, Hkv=2, Tq=40, Tk=270)
     query, key = hip.smooth_keys(shape, dtype=dtype_for(run))
-    lengths = [270, 131, 17]
+    lengths = [270, 131, 0]
     options = {"budget": 20, "q_block": 16, "window": 10, "sink": 4}
     pages, table, n = hip.paged(key, page_size, lengths)
     got = mask_of(query, pages, run, **options, block_table=table, kv_lengths=n)
     for b, length in enumerate(lengths):
+        if length == 0:
+            assert not got[b].any()
+            continue
         alone = mask_of(query[b : b + 1], key[b : b + 1, :, :length], run, **options)
         assert torch.equal(got[b : b + 1, ..., : alone.shape[-1]], alone)
         assert not got[b, ..., alone.shape[-1] :].any()
@@ -327,12 +330,11 @@ BAD = [
     ({"key": torch.randn(1, 2, 0, 64)}, "key: dimension Tk is empty"),
     ({"query": torch.randn(4, 100, 64)}, "query: expected 4 dimensions"),
     ({"query": torch.ones(1, 4, 100, 64, dtype=torch.int32)}, "query: expected dtype"),
-    ({"key": PAGES, "block_table": torch.zeros(1, 3).int()}, "kv_lengths: got None"),
-    ({"key": PAGES, "kv_lengths": torch.ones(1).int()}, "block_table: got None"),
+    ({"kv_lengths": torch.ones(2).int()}, "kv_lengths: batch size is 2, expected 1"),
     ({"key": PAGES, "block_table": torch.zeros(2, 3).int(), "kv_lengths": torch.ones(2).int()},
      "block_table: batch size is 2, expected 1"),
     ({"key": PAGES[:, :, :8], "block_table": torch.zeros(1, 3).int(),
-      "kv_lengths": torch.ones(1).int()}, "key: pages of 8 tokens, expected 16 to 128"),
+      "kv_lengths": torch.ones(1).int()}, "key: page_size is 8, expected one of"),
 ]  # fmt: skip
 
 
