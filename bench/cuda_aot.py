@@ -67,6 +67,15 @@ def select(dtype: torch.dtype, dim: int) -> None:
     run(empty(1, 8, 131072, dim, dtype=dtype), empty(1, 2, 131072, dim, dtype=dtype))
 
 
+def hip(dtype: torch.dtype, dim: int) -> None:
+    from sparse_attn.nvrtc.hip_prune_select import hip_prune_select as prune
+    from sparse_attn.nvrtc.hip_select import hip_select as search
+
+    query, key = (empty(1, heads, 131072, dim, dtype=dtype) for heads in (8, 2))
+    search(query, key)
+    prune(query, key, [256, 32, 8], [32768, 8192, 2048], [4, 4, 1])
+
+
 def cases(quick: bool) -> list[tuple[Callable[..., None], Any]]:
     """Functions and their arguments; quick: the kernels of common calls, in one dtype."""
     found: list[tuple[Callable[..., None], Any]] = []
@@ -74,6 +83,7 @@ def cases(quick: bool) -> list[tuple[Callable[..., None], Any]]:
         dtype = DTYPES[name]
         found += [(merge, (dtype, dv)) for dv in ((128,) if quick else (128, 5))]
         found += [(select, (dtype, 256))]  # the widest slices of the probe
+        found += [(hip, (dtype, dim)) for dim in ((128,) if quick else (64, 128, 256))]
         for dim in (64, 128) if quick else (64, 96, 128, 256):
             found.append((attention, (dtype, dim, 128)))  # 128 rows, or 64
             found.append((attention, (dtype, dim, 1, 1)))  # decoding: 16 rows

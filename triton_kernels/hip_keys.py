@@ -27,23 +27,30 @@ def ordered(x):
 
 
 @triton.jit
+def _digit(b_x, low, above, keep, SHIFT: tl.constexpr):
+    """Eight more bits of the smallest score to take, and how many are above those bits."""
+    # from the largest digit to the smallest; the sign bit counts the other way round
+    FLIP: tl.constexpr = 128 if SHIFT == 24 else 0
+    alike = b_x != NONE
+    if SHIFT < 24:
+        alike = alike & ((b_x >> (SHIFT + 8)) == (low >> (SHIFT + 8)))
+    b_count = tl.histogram(255 - (((b_x >> SHIFT) & 255) ^ FLIP), 256, mask=alike)
+    digit = tl.sum((above + tl.cumsum(b_count, 0) < keep).to(tl.int32))
+    above += tl.sum(tl.where(tl.arange(0, 256) < digit, b_count, 0))
+    return low | (((255 - digit) ^ FLIP) << SHIFT), above
+
+
+@triton.jit
 def top(b_x, keep):
-    """Which of [N] to take, the `keep` largest or all that there are, and how many: ties go to the
-    first."""
-    o_bin = tl.arange(0, 256)
+    """Which of [N] to take, the `keep` largest or all that there are; of equal ones the first.
+
+    Returns how many too.
+    """
     keep = tl.minimum(keep, tl.sum((b_x != NONE).to(tl.int32)))
-    low, above = 0, 0
-    for i in tl.static_range(4):
-        shift: tl.constexpr = 24 - 8 * i
-        # from the largest digit to the smallest; the sign bit counts the other way round
-        b_digit = 255 - (((b_x >> shift) & 255) ^ (128 if i == 0 else 0))
-        alike = b_x != NONE
-        if i > 0:
-            alike = alike & ((b_x >> (shift + 8)) == (low >> (shift + 8)))
-        b_count = tl.histogram(b_digit, 256, mask=alike)
-        digit = tl.sum((above + tl.cumsum(b_count, 0) < keep).to(tl.int32))
-        above += tl.sum(tl.where(o_bin < digit, b_count, 0))
-        low |= ((255 - digit) ^ (128 if i == 0 else 0)) << shift
+    low, above = _digit(b_x, 0, 0, keep, 24)
+    low, above = _digit(b_x, low, above, keep, 16)
+    low, above = _digit(b_x, low, above, keep, 8)
+    low, above = _digit(b_x, low, above, keep, 0)
     b_same = (b_x == low).to(tl.int32)
     place = tl.cumsum(b_same, 0) - b_same
     return (b_x > low) | ((b_same > 0) & (place < keep - above)), keep

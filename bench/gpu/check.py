@@ -17,6 +17,8 @@ from sparse_attn import BlockIndex
 from sparse_attn.ops.block_sparse_attention import op as attend
 from sparse_attn.ops.block_sparse_attention_backward import op as gradient
 from sparse_attn.ops.flex_prefill_select import op as select
+from sparse_attn.ops.hip_prune_select import op as prune
+from sparse_attn.ops.hip_select import op as search
 from sparse_attn.ops.merge_attention_states import op as merge
 from sparse_attn.registry import Op
 
@@ -56,6 +58,9 @@ def problems(context: Context) -> Iterator[tuple[str, BaseException | str | None
         for dtype in dtypes
     ]  # fmt: skip
     checks += [("merge", merge.name, merged, ()), ("select", select.name, selected, ())]
+    checks += [("HiP's search", search.name, searched, (search, (64, 16, 2, 2, 1, 4, 20))),
+               ("HiP's stages", prune.name, searched,
+                (prune, ([64, 16, 4], [512, 128, 48], [2, 1, 1], 16, 4, 20)))]  # fmt: skip
     for what, operator, function, args in checks:
         for backend in context.backends(operator):
             try:
@@ -149,6 +154,20 @@ def selected(context: Context, backend: str) -> str | None:
         differ = (masks[0] != masks[1]).float().mean().item()
         if differ > 0.01:
             return f"{differ:.2%} of the blocks differ at tau={tau}"
+    return None
+
+
+def searched(context: Context, backend: str, op: Op, options: tuple[Any, ...]) -> str | None:
+    """Whole numbers: every sum is exact, most scores tie, and the choice is one."""
+    for n_queries in (context.size(200, 40), 1):
+        query, key = (
+            torch.randint(-2, 3, (1, heads, n, 64)).to(context.dtype)
+            for heads, n in ((4, n_queries), (2, context.size(2000, 300)))
+        )
+        got, want = (call(context, op, name, (query, key, *options)) for name in
+                     (backend, "reference"))  # fmt: skip
+        if not all(torch.equal(x, y) for x, y in zip(got, want, strict=True)):
+            return f"{n_queries} queries: the choice is another"
     return None
 
 

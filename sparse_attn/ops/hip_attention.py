@@ -45,7 +45,8 @@ def _parts_serve(backend):
     return when
 
 
-op.composite("cpp", "cpu", _run, of=(select, attend), when=_parts_serve("cpp"))
+for _backend, _device in (("triton", "cuda"), ("cuda", "cuda"), ("cpp", "cpu")):
+    op.composite(_backend, _device, _run, of=(select, attend), when=_parts_serve(_backend))
 op.composite("reference", "any", _run, of=(select, attend))
 op.autocast(3)
 op.no_grad("Call sparse_attn.attention, which has one, or detach the inputs.")

@@ -1,0 +1,42 @@
+// Binds hip_prune_select to torch.
+#include "hip_prune_select.cuh"
+
+#include "hip_binding.h"
+#include "hip_prune_select_plan.h"
+
+namespace sparse_attn {
+namespace {
+
+template <class T>
+void run(const HipPruneCudaParams& p, const HipPlan& plan, cudaStream_t stream) {
+  SA_LAUNCH_HIP(hip_prune_select_kernel, T, plan, p, stream)
+}
+
+std::tuple<Tensor, Tensor> hip_prune_select(
+    Tensor query, Tensor key, std::vector<int64_t> chunks, std::vector<int64_t> keeps,
+    std::vector<int64_t> q_strides, int64_t q_block, int64_t sink, int64_t window,
+    std::string representative, std::string merge_heads, bool causal, std::optional<double> scale,
+    std::optional<Tensor> block_table, std::optional<Tensor> kv_lengths) {
+  HipPruneCudaParams p{};
+  SA_CHECK(!chunks.empty(), "chunks: expected one size per stage");
+  const DeviceGuard guard(query.get_device_index());
+  const HipCudaInputs x =
+      hip_cuda_inputs(p, query, key, q_block, chunks.back(), sink, window, representative, causal,
+                      scale, block_table, kv_lengths);
+  set_hip_stages(p, chunks, keeps, q_strides, merge_heads);
+  auto [indices, counts] = empty_hip_index(p, x.query);
+  const HipPlan plan = plan_hip_prune_select(p, limits_of(x.query));
+  check_hip_plan(plan, limits_of(x.query), "keeps");
+  switch (p.dtype) {
+    case DType::f16: run<__half>(p, plan, current_stream(x.query)); break;
+    case DType::bf16: run<__nv_bfloat16>(p, plan, current_stream(x.query)); break;
+    case DType::f32: SA_CHECK(false, "query: expected float16 or bfloat16");
+  }
+  return {indices, counts};
+}
+
+}  // namespace
+
+SA_LIBRARY_IMPL(CUDA, m) { m.impl("hip_prune_select.cuda", TORCH_BOX(&hip_prune_select)); }
+
+}  // namespace sparse_attn
