@@ -187,10 +187,10 @@ def hip_prune_select_kernel(
     page_bits, sign, q_b, q_h, q_t, k_b, k_h, k_t, t_b,
     CHUNKS: tl.constexpr, KEEPS: tl.constexpr, STRIDES: tl.constexpr, LEVELS: tl.constexpr,
     STAGES: tl.constexpr, ROOM: tl.constexpr, CENTRE: tl.constexpr, CAUSAL: tl.constexpr,
-    PAGED: tl.constexpr, HAS_LENGTHS: tl.constexpr, D: tl.constexpr, BLOCK_R: tl.constexpr,
+    PAGED: tl.constexpr, HAS_LENGTHS: tl.constexpr, ROWS: tl.constexpr, D: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """LEVELS of the descents of each stage; lists have ROOM for candidates."""
+    """LEVELS of the descents and ROWS of a tile of each stage; lists have ROOM for candidates."""
     # lists that share keys run side by side, for the sake of the second-level cache
     pid, side, group = tl.program_id(0), tl.maximum(H // Hkv, 1), Hq // Hkv
     block, rest, others = pid // side % Mq, pid // side // Mq, H // side
@@ -208,8 +208,8 @@ def hip_prune_select_kernel(
             query, key, table + batch * t_b, i_list, batch, begin, stop, n_keys, b_chunk, count,
             block, Hq // H, group, Tq, q_block, window, page_bits, sign, q_b, q_h, q_t, k_b, k_h,
             k_t, stage == 0, CHUNKS[stage], CHUNKS[stage - (stage > 0)] // CHUNKS[stage],
-            STRIDES[stage], KEEPS[stage], LEVELS[stage], ROOM, CENTRE, CAUSAL, PAGED, D, BLOCK_R,
-            BLOCK_N, BLOCK_D,
+            STRIDES[stage], KEEPS[stage], LEVELS[stage], ROOM, CENTRE, CAUSAL, PAGED, D,
+            ROWS[stage], BLOCK_N, BLOCK_D,
         )  # fmt: skip
     o_out = (batch * H + i_list) * Mq + block
     for start in range(0, K, ROOM):
@@ -239,9 +239,13 @@ def hip_prune_select(
     tokens = key.shape[2] if block_table is None else block_table.shape[1] * key.shape[2]
     lists = {"none": query.shape[1], "group": key.shape[1], "all": 1}[merge_heads]
     kept = [-(-n // c) for n, c in zip(keeps, chunks, strict=True)]
-    rows = max(-(-min(q_block, query.shape[2]) // s) for s in q_strides)
-    if merge_heads != "none" and chunks[-1] <= SCANNED.value:
-        rows *= query.shape[1] // key.shape[1]
+    together = 1 if merge_heads == "none" else query.shape[1] // key.shape[1]
+    rows = [
+        -(-min(q_block, query.shape[2]) // stride) * (together if chunk <= SCANNED.value else 1)
+        for stride, chunk in zip(q_strides, chunks, strict=True)
+    ]
+    tile = options(query, max(rows), block_table, kv_lengths)
+    most = tile.pop("BLOCK_R")
     results, args = arguments(
         query, key, lists, q_block, min(kept[-1], -(-tokens // chunks[-1])), (sink, window), scale,
         block_table, kv_lengths,
@@ -253,6 +257,6 @@ def hip_prune_select(
         KEEPS=tuple(kept), STRIDES=tuple(q_strides),
         LEVELS=tuple((c - 1).bit_length() for c in chunks), STAGES=len(chunks),
         ROOM=2 * configs.padded(max(kept), 64), CENTRE=representative == "centre", CAUSAL=causal,
-        **options(query, rows, block_table, kv_lengths),
+        ROWS=tuple(min(most, configs.padded(n)) for n in rows), **tile,
     )  # fmt: skip
     return results

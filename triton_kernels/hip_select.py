@@ -64,17 +64,17 @@ def hip_select_kernel(
     b_first, b_limit = query_rows(
         p_query, q_h, q_t, 0, heads, last, n_rows, limit, q_stride, D, CAUSAL, BLOCK_R, BLOCK_D
     )
-    b_from = (o_i.to(tl.int64) * size // keep).to(tl.int32)
-    b_to = ((o_i + 1).to(tl.int64) * size // keep).to(tl.int32)
-    b_start, b_length = begin + b_from, tl.where(o_i < keep, b_to - b_from, 0)
+    b_start = (o_i.to(tl.int64) * size // keep).to(tl.int32)
+    b_length = ((o_i + 1).to(tl.int64) * size // keep).to(tl.int32) - b_start
+    b_start, b_length = begin + b_start, tl.where(o_i < keep, b_length, 0)
     o_c, o_t, o_s = tl.arange(0, CHILDREN), tl.arange(0, BLOCK_C), tl.arange(0, SAMPLES)
     while tl.max(b_length) > 1:
         # child i lies between cuts i * length // BRANCH
         b_parent, b_size = tl.gather(b_start, o_c // BRANCH, 0), tl.gather(b_length, o_c // BRANCH, 0)
         i_child, whole, part = o_c % BRANCH, b_size // BRANCH, b_size % BRANCH
-        b_from = i_child * whole + i_child * part // BRANCH
-        c_start = b_parent + b_from
-        c_length = (i_child + 1) * whole + (i_child + 1) * part // BRANCH - b_from
+        c_start = i_child * whole + i_child * part // BRANCH
+        c_length = (i_child + 1) * whole + (i_child + 1) * part // BRANCH - c_start
+        c_start += b_parent
         c_score = tl.full([CHILDREN], NONE, tl.int32)
         for i in range(tl.cdiv(keep * BRANCH, BLOCK_C)):
             b_c = tl.gather(c_start, i * BLOCK_C + o_t, 0)
