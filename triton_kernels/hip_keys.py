@@ -16,7 +16,10 @@ import triton.language as tl
 from . import configs, launch
 
 NONE = tl.constexpr(-(2**31))  # the score of a place without a candidate
-SIZES = ["H", "Hq", "Hkv", "Tq", "Tk", "Mq", "K", "q_block", "sink", "window", "page_bits"]
+# lengths vary from call to call: only strides of query and key are worth compiling for
+SIZES = [
+    "H", "Hq", "Hkv", "Tq", "Tk", "Mq", "K", "q_block", "sink", "window", "page_bits", "t_b",
+]  # fmt: skip
 
 
 @triton.jit
@@ -66,7 +69,7 @@ def places(taken, n, N: tl.constexpr):
 
 @triton.jit
 def sampled_rows(block, q_block, stride, Tq, n_keys, window, CAUSAL: tl.constexpr):
-    """Last query of a block, sampled queries of a head, and the last key that the last may count."""
+    """Last query of a block, queries that a head samples, last key that the last may count."""
     first = block * q_block
     last = tl.minimum(first + q_block, Tq) - 1
     n = (last - first) // stride + 1

@@ -70,7 +70,8 @@ def hip_select_kernel(
     o_c, o_t, o_s = tl.arange(0, CHILDREN), tl.arange(0, BLOCK_C), tl.arange(0, SAMPLES)
     while tl.max(b_length) > 1:
         # child i lies between cuts i * length // BRANCH
-        b_parent, b_size = tl.gather(b_start, o_c // BRANCH, 0), tl.gather(b_length, o_c // BRANCH, 0)
+        b_parent = tl.gather(b_start, o_c // BRANCH, 0)
+        b_size = tl.gather(b_length, o_c // BRANCH, 0)
         i_child, whole, part = o_c % BRANCH, b_size // BRANCH, b_size % BRANCH
         c_start = i_child * whole + i_child * part // BRANCH
         c_length = (i_child + 1) * whole + (i_child + 1) * part // BRANCH - c_start

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from sparse_attn.ops.hip_select import op
 from sparse_attn.reference import hip_select as reference
 from tests import hip, hip_official
-from tests.cases import DTYPES, Shape, call, opcheck
+from tests.cases import CUDA, DTYPES, Shape, call, opcheck
 from tests.cases import inputs as random_inputs
 
 ORACLES = Path(__file__).parents[1] / "oracles" / "hip"
@@ -106,7 +106,7 @@ def any_options(data, length):
 def test_equals_the_reference_exactly_ties_included(run, data):
     """Whole numbers: every sum is exact, and most scores tie."""
     length = data.draw(st.integers(3, brief(run, 400, 120)))
-    chunk = data.draw(st.integers(1, brief(run, 150, 70)))
+    chunk = data.draw(st.integers(1, 12 if run[0] == "triton" else brief(run, 150, 70)))
     dims = data.draw(st.sampled_from((8, 32, 40, 64)))
     heads = data.draw(st.sampled_from(((1, 1), (4, 2), (3, 3))))
     shape = Shape(B=data.draw(st.integers(1, 2)), Hq=heads[0], Hkv=heads[1], Tq=chunk, Tk=length,
@@ -297,6 +297,13 @@ def test_every_argument_reaches_the_kernel(run):
         assert (got != want).float().mean() < 0.01
         seen.append(tuple(got.float().mean((0, 2)).flatten().tolist()))
     assert len(set(seen)) == len(seen)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the GPU decides the order of its threads")
+def test_the_order_of_threads_does_not_show():
+    query, key = hip.smooth_keys(Shape(Hq=2, Hkv=1, Tq=40, Tk=250), dtype=torch.bfloat16)
+    one, *others = (call(op, run, query, key, budget=30, q_block=32, window=17) for run in CUDA)
+    assert all(torch.equal(x, y) for other in others for x, y in zip(one, other, strict=True))
 
 
 @pytest.mark.parametrize("threads", [1, 3])
