@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import torch
+
 from sparse_attn import BlockIndex
 from sparse_attn.ops.hip_attention import op as attend
 from sparse_attn.ops.hip_prune_select import op as prune

@@ -19,10 +19,10 @@ std::tuple<Tensor, Tensor> hip_prune_select(
     std::optional<Tensor> block_table, std::optional<Tensor> kv_lengths) {
   HipPruneCudaParams p{};
   SA_CHECK(!chunks.empty(), "chunks: expected one size per stage");
-  const DeviceGuard guard(query.get_device_index());
   const HipCudaInputs x =
       hip_cuda_inputs(p, query, key, q_block, chunks.back(), sink, window, representative, causal,
                       scale, block_table, kv_lengths);
+  const DeviceGuard guard(query.get_device_index());
   set_hip_stages(p, chunks, keeps, q_strides, merge_heads);
   auto [indices, counts] = empty_hip_index(p, x.query);
   const HipPlan plan = plan_hip_prune_select(p, limits_of(x.query));

@@ -20,10 +20,10 @@ std::tuple<Tensor, Tensor> hip_select(Tensor query, Tensor key, int64_t budget, 
                                       std::optional<Tensor> block_table,
                                       std::optional<Tensor> kv_lengths) {
   HipSelectCudaParams p{};
-  const DeviceGuard guard(query.get_device_index());
   const HipCudaInputs x =
       hip_cuda_inputs(p, query, key, q_block, kv_block, sink, window, representative, causal, scale,
                       block_table, kv_lengths);
+  const DeviceGuard guard(query.get_device_index());
   set_hip_search(p, budget, q_stride, key_stride, branch, share_kv_heads);
   auto [indices, counts] = empty_hip_index(p, x.query);
   const HipPlan plan = plan_hip_select(p, limits_of(x.query));
