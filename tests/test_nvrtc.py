@@ -83,7 +83,7 @@ def search_arguments(draw):
     key, *pages = pages_of(draw, key)
     q_block, kv_block = draw(st.integers(1, 128)), draw(st.integers(1, 128))
     options = [
-        draw(st.integers(1, 5000)), q_block, kv_block, draw(st.integers(1, q_block)),
+        draw(st.integers(1, 600)), q_block, kv_block, draw(st.integers(1, q_block)),
         draw(st.integers(1, kv_block)), draw(st.integers(0, 300)), draw(st.integers(0, 3000)),
         draw(st.sampled_from(("centre", "first"))), draw(st.sampled_from((2, 4))),
     ]  # fmt: skip
@@ -96,7 +96,7 @@ def stages_arguments(draw):
     key, *pages = pages_of(draw, key)
     chunks = draw(st.sampled_from(([256, 32, 8], [64, 64], [12], [128, 64, 32, 16, 8, 4, 2, 1])))
     q_block = draw(st.integers(1, 128))
-    keeps = [draw(st.integers(1, 9000)) for _ in chunks]
+    keeps = [draw(st.integers(1, 9000)) for _ in chunks[1:]] + [draw(st.integers(1, 300))]
     strides = [draw(st.integers(1, q_block)) for _ in chunks]
     edges = [draw(st.integers(0, 3000)) for _ in range(2)]
     names = [draw(st.sampled_from(x)) for x in (("centre", "first"), ("none", "group", "all"))]

@@ -125,26 +125,23 @@ def _stage(
     if SCAN:
         together = tl.minimum(heads, group)
     parts = tl.cdiv(together * n_rows, BLOCK_R)
-    first_chunk, total = begin // SIZE, count * SPLIT
+    first_chunk, last_chunk, total = begin // SIZE, (stop - 1) // SIZE, count * SPLIT
     if FIRST:
-        total = tl.where(count > 0, (stop - 1) // SIZE - first_chunk + 1, 0).to(tl.int32)
+        total = tl.where(count > 0, last_chunk - first_chunk + 1, 0)
     b_chunk, b_score = b_parent, tl.full([ROOM], NONE, tl.int32)
     done, held = total - total, total - total
     while done < total:
         n = held + tl.minimum(ROOM - held, total - done)
         of_all = done + o_i - held
         if FIRST:
-            b_new = (first_chunk + of_all).to(tl.int32)
+            b_new = first_chunk + of_all
         else:
             at = tl.minimum(tl.maximum(of_all // SPLIT, 0), ROOM - 1)
             b_new = tl.gather(b_parent, at, 0) * SPLIT + of_all % SPLIT
         b_chunk = tl.where((o_i >= held) & (o_i < n), b_new, b_chunk)
-        b_begin = b_chunk.to(tl.int64) * SIZE
-        is_new = (o_i >= held) & (o_i < n) & (b_begin + SIZE > begin) & (b_begin < stop)
+        is_new = (o_i >= held) & (o_i < n) & (b_chunk >= first_chunk) & (b_chunk <= last_chunk)
         b_score = tl.where(is_new, ordered(tl.full([ROOM], -float("inf"), tl.float32)), b_score)
         if total > KEEP:
-            b_from = tl.maximum(b_begin, begin).to(tl.int32)
-            b_to = tl.minimum(b_begin + SIZE, stop).to(tl.int32)
             for i_head in range(0, heads, together):
                 head = i_list * heads + i_head
                 p_query = query + batch * q_b + head.to(tl.int64) * q_h
@@ -154,9 +151,11 @@ def _stage(
                 b_q, b_limit = query_rows(p_query, q_h, q_t, 0, together, last, n_rows, limit,
                                           STRIDE, D, CAUSAL, BLOCK_R, BLOCK_D)  # fmt: skip
                 for i in range(held // BLOCK_C, tl.cdiv(n, BLOCK_C)):
-                    start = tl.gather(b_from, i * BLOCK_C + o_t, 0)
-                    end = tl.gather(b_to, i * BLOCK_C + o_t, 0)
-                    valid = tl.gather(is_new.to(tl.int32), i * BLOCK_C + o_t, 0) > 0
+                    b_c = tl.gather(tl.where(is_new, b_chunk, -1), i * BLOCK_C + o_t, 0)
+                    valid = b_c >= 0
+                    start = tl.where(valid, b_c * SIZE, 0)
+                    end = start + tl.minimum(SIZE, stop - start)
+                    start = tl.maximum(start, begin)
                     if SCAN:
                         b_s = _scan(
                             b_q, b_limit, p_query, q_h, q_t, parts, together, last, n_rows, limit,
@@ -199,8 +198,7 @@ def hip_prune_select_kernel(
     if HAS_LENGTHS:
         n_keys = tl.load(lengths + batch)
     _, _, limit = sampled_rows(block, q_block, 1, Tq, n_keys, window, CAUSAL)
-    begin = (sink // CHUNKS[STAGES - 1] * CHUNKS[STAGES - 1]).to(tl.int64)
-    stop = limit.to(tl.int64) + 1
+    begin, stop = sink // CHUNKS[STAGES - 1] * CHUNKS[STAGES - 1], limit + 1
     o_i = tl.arange(0, ROOM)
     b_chunk, count = tl.zeros([ROOM], tl.int32), (begin < stop).to(tl.int32)
     for stage in tl.static_range(STAGES):

@@ -64,8 +64,9 @@ def hip_select_kernel(
     b_first, b_limit = query_rows(
         p_query, q_h, q_t, 0, heads, last, n_rows, limit, q_stride, D, CAUSAL, BLOCK_R, BLOCK_D
     )
-    b_start = (o_i.to(tl.int64) * size // keep).to(tl.int32)
-    b_length = ((o_i + 1).to(tl.int64) * size // keep).to(tl.int32) - b_start
+    # o_i * size // keep, within 32 bits
+    b_start = o_i * (size // keep) + o_i * (size % keep) // keep
+    b_length = (o_i + 1) * (size // keep) + (o_i + 1) * (size % keep) // keep - b_start
     b_start, b_length = begin + b_start, tl.where(o_i < keep, b_length, 0)
     o_c, o_t, o_s = tl.arange(0, CHILDREN), tl.arange(0, BLOCK_C), tl.arange(0, SAMPLES)
     while tl.max(b_length) > 1:

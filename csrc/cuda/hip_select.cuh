@@ -103,9 +103,10 @@ __device__ __forceinline__ int search_tree(const HipSelectCudaParams& p, const T
   const int heads = static_cast<int>(p.Hq / p.H), total_rows = heads * sampled.n;
   const bool once = total_rows <= p.rows;  // the rows stay in shared memory
   int long_ones = 0;
+  const int whole = tree.count / keep, part = tree.count % keep;
+  const auto cut = [&](int j) { return j * whole + j * part / keep; };  // j * count // keep
   for (int j = threadIdx.x; j < keep; j += blockDim.x) {
-    const int from = static_cast<int>(int64_t{j} * tree.count / keep);
-    const int to = static_cast<int>(int64_t{j + 1} * tree.count / keep);
+    const int from = cut(j), to = cut(j + 1);
     s.nodes(0).start[j] = tree.begin + from, s.nodes(0).length[j] = to - from;
     long_ones |= to - from > 1;
   }

@@ -55,16 +55,18 @@ def _(query, key, chunks, keeps, q_strides, q_block, sink, window, representativ
     check.finite_scale(scale)
 
 
-def _triton_serves(query, key, chunks, keeps, *rest):
-    return kernels.triton(query, kernels.stages_fit(key, chunks, keeps, rest[-2]))
+def _triton_serves(query, key, chunks, keeps, q_strides, q_block, sink, window, representative,
+                   merge_heads, causal, scale, block_table=None, kv_lengths=None):  # fmt: skip
+    return kernels.triton(query, kernels.stages_fit(key, chunks, keeps, block_table))
 
 
-def _cuda_serves(query, key, chunks, keeps, q_strides, q_block, *rest):
+def _cuda_serves(query, key, chunks, keeps, q_strides, q_block, sink, window, representative,
+                 merge_heads, causal, scale, block_table=None, kv_lengths=None):  # fmt: skip
     rows = max(-(-min(q_block, query.shape[2]) // stride) for stride in q_strides)
     if query.shape[3] > 128 and rows > 64:
         return f"q_strides: {rows} queries sampled, served up to 64 where head_dim is above 128"
-    fits = kernels.stages_fit(key, chunks, keeps, rest[-2])
-    return kernels.cuda(query, key, fits, rest[-2])
+    fits = kernels.stages_fit(key, chunks, keeps, block_table)
+    return kernels.cuda(query, key, fits, block_table)
 
 
 op.impl("triton", device="cuda", when=_triton_serves)

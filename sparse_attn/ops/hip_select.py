@@ -52,13 +52,17 @@ def _(query, key, budget, q_block, kv_block, q_stride, key_stride, sink, window,
     check.finite_scale(scale)
 
 
-def _triton_serves(query, key, budget, q_block, kv_block, *rest):
-    return kernels.triton(query, kernels.tree_fits(key, budget, kv_block, rest[-2]))
+def _triton_serves(query, key, budget, q_block, kv_block, q_stride, key_stride, sink, window,
+                   representative, branch, share_kv_heads, causal, scale, block_table=None,
+                   kv_lengths=None):  # fmt: skip
+    return kernels.triton(query, kernels.tree_fits(key, budget, kv_block, block_table))
 
 
-def _cuda_serves(query, key, budget, q_block, kv_block, *rest):
-    fits = kernels.tree_fits(key, budget, kv_block, rest[-2])
-    return kernels.cuda(query, key, fits, rest[-2])
+def _cuda_serves(query, key, budget, q_block, kv_block, q_stride, key_stride, sink, window,
+                 representative, branch, share_kv_heads, causal, scale, block_table=None,
+                 kv_lengths=None):  # fmt: skip
+    fits = kernels.tree_fits(key, budget, kv_block, block_table)
+    return kernels.cuda(query, key, fits, block_table)
 
 
 op.impl("triton", device="cuda", when=_triton_serves)

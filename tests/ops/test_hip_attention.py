@@ -39,7 +39,7 @@ def test_a_budget_for_all_is_dense_attention(run):
     torch.testing.assert_close(lse, want[1], **tolerance)
 
 
-@pytest.mark.parametrize("overload", ["default", *BACKENDS])
+@pytest.mark.parametrize("overload", ["default", *(x for x in BACKENDS if x != "cuda")])
 def test_opcheck(overload):
     args = (*tensors(("cpp", None), Tq=50, Tk=90), *OPTIONS)
     opcheck(getattr(torch.ops.sparse_attn.hip_attention, overload), args)
