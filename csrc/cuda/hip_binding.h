@@ -4,7 +4,6 @@
 
 #include "../common/hip_select.h"
 #include "binding.h"
-#include "hip_plan.h"
 
 namespace sparse_attn {
 
@@ -28,6 +27,7 @@ inline HipCudaInputs hip_cuda_inputs(
   if (kv_lengths.has_value()) check_same_device({{"query", query}, {"kv_lengths", *kv_lengths}});
   SA_CHECK(query.size(3) % 8 == 0 && query.size(3) <= 256, "query: head_dim ", query.size(3),
            ", expected a multiple of 8 up to 256");
+  SA_CHECK(dtype_of(query, "query") != DType::f32, "query: expected float16 or bfloat16");
   HipCudaInputs x{aligned_rows(query), aligned_rows(key), std::nullopt, std::nullopt};
   if (block_table.has_value()) x.block_table = last_dim_contiguous(*block_table);
   if (kv_lengths.has_value()) x.kv_lengths = last_dim_contiguous(*kv_lengths);
@@ -36,17 +36,19 @@ inline HipCudaInputs hip_cuda_inputs(
   return x;
 }
 
-inline void check_hip_plan(const HipPlan& plan, const DeviceLimits& limits, const char* name) {
-  SA_CHECK(plan.launch.shared_bytes <= limits.shared_bytes, name, ": needs ",
-           plan.launch.shared_bytes, " bytes of shared memory, there are ", limits.shared_bytes);
-}
-
-// Launches kernel<T, kDim>(p), a function template, as planned.
-#define SA_LAUNCH_HIP(kernel, T, plan, p, stream)                              \
-  switch (plan.dim) {                                                          \
-    case 64: launch(kernel<T, 64>, plan.launch, stream, p); break;             \
-    case 128: launch(kernel<T, 128>, plan.launch, stream, p); break;           \
-    default: launch(kernel<T, 256>, plan.launch, stream, p);                   \
-  }
+// Launches kernel<T, kDim>(p), a function template, as planned; `name` may ask for too much.
+#define SA_LAUNCH_HIP(kernel, plan, p, query, name)                                               \
+  do {                                                                                            \
+    const int64_t most = limits_of(query).shared_bytes;                                           \
+    SA_CHECK(plan.launch.shared_bytes <= most, name, ": needs ", plan.launch.shared_bytes,        \
+             " bytes of shared memory, there are ", most);                                        \
+    if (p.dtype == DType::f16)                                                                    \
+      SA_LAUNCH_HIP_AS(kernel, __half, plan, p, current_stream(query));                           \
+    else                                                                                          \
+      SA_LAUNCH_HIP_AS(kernel, __nv_bfloat16, plan, p, current_stream(query));                    \
+  } while (false)
+#define SA_LAUNCH_HIP_AS(kernel, T, plan, p, stream)                                              \
+  launch(plan.dim == 64 ? kernel<T, 64> : plan.dim == 128 ? kernel<T, 128> : kernel<T, 256>,      \
+         plan.launch, stream, p)
 
 }  // namespace sparse_attn

@@ -7,11 +7,6 @@
 namespace sparse_attn {
 namespace {
 
-template <class T>
-void run(const HipPruneCudaParams& p, const HipPlan& plan, cudaStream_t stream) {
-  SA_LAUNCH_HIP(hip_prune_select_kernel, T, plan, p, stream)
-}
-
 std::tuple<Tensor, Tensor> hip_prune_select(
     Tensor query, Tensor key, std::vector<int64_t> chunks, std::vector<int64_t> keeps,
     std::vector<int64_t> q_strides, int64_t q_block, int64_t sink, int64_t window,
@@ -26,12 +21,7 @@ std::tuple<Tensor, Tensor> hip_prune_select(
   set_hip_stages(p, chunks, keeps, q_strides, merge_heads);
   auto [indices, counts] = empty_hip_index(p, x.query);
   const HipPlan plan = plan_hip_prune_select(p, limits_of(x.query));
-  check_hip_plan(plan, limits_of(x.query), "keeps");
-  switch (p.dtype) {
-    case DType::f16: run<__half>(p, plan, current_stream(x.query)); break;
-    case DType::bf16: run<__nv_bfloat16>(p, plan, current_stream(x.query)); break;
-    case DType::f32: SA_CHECK(false, "query: expected float16 or bfloat16");
-  }
+  SA_LAUNCH_HIP(hip_prune_select_kernel, plan, p, x.query, "keeps");
   return {indices, counts};
 }
 

@@ -167,7 +167,8 @@ __device__ __forceinline__ int prune_stage(const HipPruneCudaParams& p, const Ch
   const int64_t total = n_parents * split;
   int held = 0;
   for (int64_t done = 0; done < total;) {
-    const int batch_size = static_cast<int>(min(p.room - held, total - done)), n = held + batch_size;
+    const int batch_size = static_cast<int>(min(p.room - held, total - done));
+    const int n = held + batch_size;
     for (int i = held + threadIdx.x; i < n; i += blockDim.x) {
       const int64_t of_all = done + i - held;
       const int64_t chunk = first_chunk >= 0
@@ -200,7 +201,8 @@ __global__ void __launch_bounds__(32 * kHipMostWarps, 1)
   // lists that share keys run side by side, for the sake of the second-level cache
   const int64_t side = max(p.H / p.Hkv, int64_t{1}), others = p.H / side;
   const int64_t block = blockIdx.x / side % p.Mq, rest = blockIdx.x / side / p.Mq;
-  const int64_t batch = rest / others, list = rest % others * side + blockIdx.x % side;
+  const int64_t batch = rest / others;
+  const int64_t list = rest % others * side + blockIdx.x % side;
   const int n_keys = KeyRows<T>(p, batch, 0).n;
   const int smallest = static_cast<int>(p.chunk[p.stages - 1]);
   Chunks chunks{p.sink / smallest * smallest, SampledRows(p, block, 1, n_keys).limit + int64_t{1},

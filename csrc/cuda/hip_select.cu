@@ -7,11 +7,6 @@
 namespace sparse_attn {
 namespace {
 
-template <class T>
-void run(const HipSelectCudaParams& p, const HipPlan& plan, cudaStream_t stream) {
-  SA_LAUNCH_HIP(hip_select_kernel, T, plan, p, stream)
-}
-
 std::tuple<Tensor, Tensor> hip_select(Tensor query, Tensor key, int64_t budget, int64_t q_block,
                                       int64_t kv_block, int64_t q_stride, int64_t key_stride,
                                       int64_t sink, int64_t window, std::string representative,
@@ -27,12 +22,7 @@ std::tuple<Tensor, Tensor> hip_select(Tensor query, Tensor key, int64_t budget, 
   set_hip_search(p, budget, q_stride, key_stride, branch, share_kv_heads);
   auto [indices, counts] = empty_hip_index(p, x.query);
   const HipPlan plan = plan_hip_select(p, limits_of(x.query));
-  check_hip_plan(plan, limits_of(x.query), "budget");
-  switch (p.dtype) {
-    case DType::f16: run<__half>(p, plan, current_stream(x.query)); break;
-    case DType::bf16: run<__nv_bfloat16>(p, plan, current_stream(x.query)); break;
-    case DType::f32: SA_CHECK(false, "query: expected float16 or bfloat16");
-  }
+  SA_LAUNCH_HIP(hip_select_kernel, plan, p, x.query, "budget");
   return {indices, counts};
 }
 

@@ -33,11 +33,16 @@ inline void set_hip_params(const simt::Arguments& a, HipParams& p) {
 }
 
 // Runs `kernel<T, kDim>` as planned.
-#define SIMT_LAUNCH_HIP(kernel, a, plan, p)                                            \
-  switch (plan.dim) {                                                                  \
-    case 64: launch<kernel<T, 64>>(a, plan.launch, p); break;                          \
-    case 128: launch<kernel<T, 128>>(a, plan.launch, p); break;                        \
-    default: launch<kernel<T, 256>>(a, plan.launch, p);                                \
+#define SIMT_LAUNCH_HIP(kernel, a, plan, p)         \
+  if (p.dtype == DType::f16)                        \
+    SIMT_LAUNCH_HIP_AS(kernel, __half, a, plan, p)  \
+  else                                              \
+    SIMT_LAUNCH_HIP_AS(kernel, __nv_bfloat16, a, plan, p)
+#define SIMT_LAUNCH_HIP_AS(kernel, T, a, plan, p)                          \
+  switch (plan.dim) {                                                      \
+    case 64: launch<kernel<T, 64>>(a, plan.launch, p); break;              \
+    case 128: launch<kernel<T, 128>>(a, plan.launch, p); break;            \
+    default: launch<kernel<T, 256>>(a, plan.launch, p);                    \
   }
 
 }  // namespace sparse_attn

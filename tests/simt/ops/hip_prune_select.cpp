@@ -20,18 +20,10 @@ HipPruneCudaParams params(const simt::Arguments& a) {
   return p;
 }
 
-template <class T>
-void run_as(const simt::Arguments& a) {
+void run(const simt::Arguments& a) {
   HipPruneCudaParams p = params(a);
   const HipPlan plan = plan_hip_prune_select(p, limits(a));
   SIMT_LAUNCH_HIP(hip_prune_select_kernel, a, plan, p)
-}
-
-void run(const simt::Arguments& a) {
-  if (dtype(a) == DType::f16)
-    run_as<__half>(a);
-  else
-    run_as<__nv_bfloat16>(a);
 }
 
 void show_plan(const simt::Arguments& a) {
