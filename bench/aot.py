@@ -1,7 +1,7 @@
-"""`python -m bench aot [--quick] [--json] [--only WORD]`: compiles the Triton kernels for GPUs that are not here.
+"""`python -m bench aot [--quick] [--json] [--only TEXT]`: compiles for GPUs that are not here.
 
-Without options it also writes bench/results/aot.json, from which docs/gpu.md is made; with --only it
-compiles the cases that begin with a word and replaces their rows in that file.
+Without --quick and --json it also writes bench/results/aot.json, from which docs/gpu.md is made;
+with --only, the rows of the cases whose names contain TEXT, and leaves the others as they are.
 Each case runs an operator's launcher on fake CUDA tensors; what it would launch is compiled. The
 table shows registers and spilled bytes per thread and shared memory per block; the command fails
 where one is over its bound.
@@ -110,6 +110,46 @@ def sale(dtype: str, head_dim: int, q_block: int = 64, kv_block: int = 32) -> No
     sale_estimate(query_packed, query_step, key_packed, key_step, rows, rows, q_block, kv_block)
 
 
+def hip(dtype: str, head_dim: int, n_queries: int = 8192, **options: Any) -> None:
+    from sparse_attn.triton_kernels.hip_select import hip_select as run
+
+    query = torch.empty(1, 8, n_queries, head_dim, dtype=DTYPES[dtype], device="cuda")
+    key = torch.empty(1, 2, 131072, head_dim, dtype=DTYPES[dtype], device="cuda")
+    run(query, key, **options)
+
+
+def hip_paged(dtype: str, head_dim: int) -> None:
+    from sparse_attn.triton_kernels.hip_select import hip_select as run
+
+    query = torch.empty(4, 8, 1, head_dim, dtype=DTYPES[dtype], device="cuda")
+    key = torch.empty(4096, 2, 64, head_dim, dtype=DTYPES[dtype], device="cuda")
+    table = torch.empty(4, 1024, dtype=torch.int32, device="cuda")
+    lengths = torch.empty(4, dtype=torch.int32, device="cuda")
+    run(query, key, q_block=1, q_stride=1, share_kv_heads=True, block_table=table,
+        kv_lengths=lengths)  # fmt: skip
+
+
+def hip_prune(dtype: str, head_dim: int, n_queries: int = 8192, q_block: int = 64,
+              strides: tuple[int, ...] = (4, 4, 1), merge: str = "none") -> None:  # fmt: skip
+    from sparse_attn.triton_kernels.hip_prune_select import hip_prune_select as run
+
+    query = torch.empty(1, 8, n_queries, head_dim, dtype=DTYPES[dtype], device="cuda")
+    key = torch.empty(1, 2, 131072, head_dim, dtype=DTYPES[dtype], device="cuda")
+    run(query, key, [256, 32, 8], [32768, 8192, 2048], strides, q_block, merge_heads=merge)
+
+
+def hip_cases(quick: bool) -> dict[str, tuple[Any, ...]]:
+    found: dict[str, tuple[Any, ...]] = {}
+    for dtype in ("bf16",) if quick else ("bf16", "f32"):
+        for d in (128,) if quick else (64, 128, 256):
+            found[f"hip {dtype} {d}"] = (hip, dtype, d)
+            found[f"hip prune {dtype} {d}"] = (hip_prune, dtype, d)
+    if not quick:
+        found["hip paged decode bf16 128"] = (hip_paged, "bf16", 128)
+        found["hip prune decode bf16 128"] = (hip_prune, "bf16", 128, 1, 1, (1, 1, 1), "group")
+    return found
+
+
 def cases(quick: bool) -> dict[str, tuple[Any, ...]]:
     """Name -> (function, its arguments): every row of the configuration table, every code path."""
     found: dict[str, tuple[Any, ...]] = {
@@ -117,6 +157,7 @@ def cases(quick: bool) -> dict[str, tuple[Any, ...]]:
         "select everything bf16 128": (flex_prefill, "bf16", 128, 128, 1.0),
         "sale bf16 128": (sale, "bf16", 128),
     }
+    found |= hip_cases(quick)
     for dtype in ("bf16", "f32") if quick else DTYPES:
         for d in (128,) if quick else (64, 128, 256):
             found[f"prefill {dtype} {d}"] = (attention, dtype, d, 4096)
@@ -242,10 +283,17 @@ def compile_case(name: str, arch: str, quick: bool) -> list[Row]:
 
 
 def table(quick: bool, processes: int, only: str = "") -> list[Row]:
-    names = [name for name in cases(quick) if name.startswith(only)]
+    names = [name for name in cases(quick) if only in name]
     jobs = [(name, arch, quick) for name in names for arch in SHARED_LIMIT]
     with ProcessPoolExecutor(processes) as pool:
         return [row for rows in pool.map(compile_case, *zip(*jobs, strict=True)) for row in rows]
+
+
+def merged(rows: list[Row], committed: list[Row]) -> list[Row]:
+    """The committed table with new rows of some cases, in the order of the cases."""
+    renewed, order = {row.case for row in rows}, list(cases(quick=False))
+    kept = [row for row in committed if row.case in order and row.case not in renewed]
+    return sorted([*kept, *rows], key=lambda row: order.index(row.case))
 
 
 def over_limits(rows: list[Row]) -> list[str]:
@@ -281,13 +329,15 @@ def main(arguments: list[str]) -> None:
         raise SystemExit("TRITON_INTERPRET=1: the interpreter compiles nothing, unset it")
     only = arguments[arguments.index("--only") + 1] if "--only" in arguments else ""
     rows = table("--quick" in arguments, os.cpu_count() or 1, only)
+
+    def as_json(rows: list[Row]) -> str:
+        return "[\n" + ",\n".join(json.dumps(asdict(row)) for row in rows) + "\n]\n"
+
     print(as_json(rows) if "--json" in arguments else markdown(rows))
     if not {"--quick", "--json"} & set(arguments):
         file = Path(__file__).parent / "results" / "aot.json"
-        kept = [Row(**row) for row in json.loads(file.read_text())] if only else []
-        order = list(cases(quick=False))
-        rows += [row for row in kept if row.case in order and not row.case.startswith(only)]
-        file.write_text(as_json(sorted(rows, key=lambda row: order.index(row.case))))
+        committed = [Row(**row) for row in json.loads(file.read_text())] if only else []
+        file.write_text(as_json(merged(rows, committed)))
     wrong = over_limits(rows)
     if wrong:
         raise SystemExit("over the limits:\n" + "\n".join(wrong))

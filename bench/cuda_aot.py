@@ -81,6 +81,15 @@ def sale(dtype: torch.dtype, dim: int, kv_block: int = 32) -> None:
     sale_estimate(query_packed, query_step, key_packed, key_step, rows, rows, 64, kv_block)
 
 
+def hip(dtype: torch.dtype, dim: int) -> None:
+    from sparse_attn.nvrtc.hip_prune_select import hip_prune_select as prune
+    from sparse_attn.nvrtc.hip_select import hip_select as search
+
+    query, key = (empty(1, heads, 131072, dim, dtype=dtype) for heads in (8, 2))
+    search(query, key)
+    prune(query, key, [256, 32, 8], [32768, 8192, 2048], [4, 4, 1])
+
+
 def cases(quick: bool) -> list[tuple[Callable[..., None], Any]]:
     """Functions and their arguments; quick: the kernels of common calls, in one dtype."""
     found: list[tuple[Callable[..., None], Any]] = []
@@ -91,6 +100,7 @@ def cases(quick: bool) -> list[tuple[Callable[..., None], Any]]:
         found += [(sale, (dtype, dim)) for dim in ((128, 256) if quick else (64, 96, 128, 256, 40))]
         if not quick:
             found += [(sale, (dtype, 128, kv_block)) for kv_block in (16, 64)]
+        found += [(hip, (dtype, dim)) for dim in ((128,) if quick else (64, 128, 256))]
         for dim in (64, 128) if quick else (64, 96, 128, 256):
             found.append((attention, (dtype, dim, 128)))  # 128 rows, or 64
             found.append((attention, (dtype, dim, 1, 1)))  # decoding: 16 rows

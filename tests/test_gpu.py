@@ -9,6 +9,9 @@ from sparse_attn.ops.block_sparse_attention import op as attend
 from sparse_attn.ops.block_sparse_attention_backward import op as gradient
 from sparse_attn.ops.flex_prefill_attention import op as flex_prefill
 from sparse_attn.ops.flex_prefill_select import op as select
+from sparse_attn.ops.hip_attention import op as hip
+from sparse_attn.ops.hip_prune_select import op as hip_prune
+from sparse_attn.ops.hip_select import op as hip_select
 from sparse_attn.ops.merge_attention_states import op as merge
 from sparse_attn.ops.sale_estimate import op as estimate
 from sparse_attn.ops.sale_quantize import op as quantize
@@ -56,6 +59,15 @@ def whole_call():
     return flex_prefill, list(inputs(shape, torch.bfloat16)), {"min_budget": 128}
 
 
+def hip_call(op, *options, n_queries=2000):
+    def make():
+        shape = Shape(Hq=8, Hkv=2, Tq=n_queries, Tk=2000, D=128, Dv=128)
+        query, key, value = inputs(shape, torch.bfloat16)
+        return op, [query, key, *([value] if op is hip else []), *options], {}
+
+    return make
+
+
 def merge_call():
     lse = torch.randn(2, 8, 100)
     return merge, [torch.randn(2, 8, 100, 128), lse, torch.randn(2, 8, 100, 128), lse + 1], {}
@@ -79,6 +91,10 @@ CALLS = {
     "backward, sink+window": backward_call(sink=100, window=300),
     "select": select_call,
     "flex_prefill_attention": whole_call,
+    "hip": hip_call(hip, 128),
+    "hip_select": hip_call(hip_select, 128),
+    "hip_select, decode": hip_call(hip_select, 128, 1, 2, 1, n_queries=1),
+    "hip_prune_select": hip_call(hip_prune, [64, 8], [512, 128], [2, 1]),
     "merge": merge_call,
     "sale quantize": quantize_call,
     "sale estimate": estimate_call,

@@ -79,12 +79,20 @@ def select_arguments(draw):
 def quantize_arguments(draw):
     _, x, _ = query_key_value(draw)
     mean = torch.empty(*x.shape[:2], x.shape[3]) if draw(st.booleans()) else None
-    return x, mean, draw(st.sampled_from(("query", "key", "token"))), draw(st.sampled_from((16, 64)))
+    return (
+        x,
+        mean,
+        draw(st.sampled_from(("query", "key", "token"))),
+        draw(st.sampled_from((16, 64))),
+    )
 
 
 def estimate_arguments(draw):
     query, key, _ = query_key_value(draw)
-    q_block, kv_block = draw(st.sampled_from((16, 32, 64, 128))), draw(st.sampled_from((16, 32, 64)))
+    q_block, kv_block = (
+        draw(st.sampled_from((16, 32, 64, 128))),
+        draw(st.sampled_from((16, 32, 64))),
+    )
     edges = draw(st.integers(1, 10**5)), draw(st.integers(0, 10**5))
     sizes = [(x.shape[1], n_groups(x.shape[2], kind, kv_block)) for x, kind in
              ((query, "query"), (key, "key"))]  # fmt: skip
@@ -96,16 +104,58 @@ def estimate_arguments(draw):
 
 def threshold_arguments(draw):
     query, key, _ = query_key_value(draw)
-    q_block, kv_block = draw(st.sampled_from((16, 32, 64, 128))), draw(st.sampled_from((16, 32, 64)))
+    q_block, kv_block = (
+        draw(st.sampled_from((16, 32, 64, 128))),
+        draw(st.sampled_from((16, 32, 64))),
+    )
     edges = draw(st.integers(1, 10**5)), draw(st.integers(0, 10**5))
     mean = torch.empty(*key.shape[:2], key.shape[3])
     scale = draw(st.sampled_from((None, 0.3)))
     return query, key, mean, torch.empty(query.shape[1]), q_block, kv_block, *edges, True, scale
 
 
+def pages_of(draw, key):
+    """key, block_table, kv_lengths: as they are, or in pages."""
+    batch, lengths = key.shape[0], draw(st.booleans())
+    lengths = torch.zeros(batch, dtype=torch.int32) if lengths else None
+    if not draw(st.booleans()):
+        return key, None, lengths
+    size = draw(st.sampled_from((16, 128)))
+    pages = models_layout(key.dtype, 7, key.shape[1], size, key.shape[3])
+    return pages, torch.zeros(batch, -(-key.shape[2] // size), dtype=torch.int32), lengths
+
+
+def search_arguments(draw):
+    query, key, _ = query_key_value(draw)
+    key, *pages = pages_of(draw, key)
+    q_block, kv_block = draw(st.integers(1, 128)), draw(st.integers(1, 128))
+    options = [
+        draw(st.integers(1, 600)), q_block, kv_block, draw(st.integers(1, q_block)),
+        draw(st.integers(1, kv_block)), draw(st.integers(0, 300)), draw(st.integers(0, 3000)),
+        draw(st.sampled_from(("centre", "first"))), draw(st.sampled_from((2, 4))),
+    ]  # fmt: skip
+    options += [draw(st.booleans()), draw(st.booleans()), draw(st.sampled_from((None, -0.3)))]
+    return query, key, *options, *pages
+
+
+def stages_arguments(draw):
+    query, key, _ = query_key_value(draw)
+    key, *pages = pages_of(draw, key)
+    chunks = draw(st.sampled_from(([256, 32, 8], [64, 64], [12], [128, 64, 32, 16, 8, 4, 2, 1])))
+    q_block = draw(st.integers(1, 128))
+    keeps = [draw(st.integers(1, 9000)) for _ in chunks[1:]] + [draw(st.integers(1, 300))]
+    strides = [draw(st.integers(1, q_block)) for _ in chunks]
+    edges = [draw(st.integers(0, 3000)) for _ in range(2)]
+    names = [draw(st.sampled_from(x)) for x in (("centre", "first"), ("none", "group", "all"))]
+    scale = draw(st.sampled_from((None, 0.0)))
+    return query, key, chunks, keeps, strides, q_block, *edges, *names, False, scale, *pages
+
+
 ARGUMENTS = {
     "block_sparse_attention": attention_arguments,
     "flex_prefill_select": select_arguments,
+    "hip_prune_select": stages_arguments,
+    "hip_select": search_arguments,
     "merge_attention_states": merge_arguments,
     "sale_estimate": estimate_arguments,
     "sale_quantize": quantize_arguments,
@@ -167,6 +217,8 @@ def direct_calls():
     return {
         "block_sparse_attention": (query, key, value, *index(shape)),
         "flex_prefill_select": (query, key),
+        "hip_prune_select": (query, key, [8], [32], [1]),
+        "hip_select": (query, key),
         "merge_attention_states": (query, query[..., 0].float(), query, query[..., 0].float()),
         "sale_estimate": sale_case(64, 64),
         "sale_quantize": (query, query[:, :, 0].float()),
@@ -198,7 +250,9 @@ def test_an_overload_refuses_a_tensor_of_the_cpu(op):
         pytest.skip("neither the CUDA extension nor CuPy")
     args = [x.cuda() if isinstance(x, torch.Tensor) else x for x in direct_calls()[op]]
     args[1] = args[1].cpu()
-    with pytest.raises((ValueError, RuntimeError), match=r"(key|lse_a|query_step|mean): (expected a CUDA|device)"):
+    with pytest.raises(
+        (ValueError, RuntimeError), match=r"(key|lse_a|query_step|mean): (expected a CUDA|device)"
+    ):
         getattr(torch.ops.sparse_attn, op).cuda(*args)
 
 
@@ -232,6 +286,8 @@ def test_through_cupy(dtype):
     calls = {
         "flex_prefill_select": (query, key, 0.9, 0.1, 64, None, 64),
         "block_sparse_attention": attend,
+        "hip_select": (query, key, 64),
+        "hip_prune_select": (query, key, [32, 8], [256, 64], [1, 1]),
         "merge_attention_states": (*states, *states),
     }
     torch.cuda.synchronize()  # the inputs are there, whatever the stream
@@ -240,7 +296,7 @@ def test_through_cupy(dtype):
             got = getattr(module_of(name), name)(*args)
         torch.cuda.synchronize()
         dense = OPS[name](*args, backend="reference")
-        if name == "flex_prefill_select":  # its test compares what is selected
+        if name.endswith("select"):  # its test compares what is selected
             assert (got[1] - dense[1]).abs().max() <= 1
             continue
         double = [x.double() if torch.is_tensor(x) and x.is_floating_point() else x for x in args]

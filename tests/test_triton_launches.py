@@ -78,6 +78,25 @@ def test_prefill_is_one_launch_and_decode_two():
     assert decode[0][3]["HEADS"] == 4 and decode[0][1] == 2 * 32
 
 
+def test_hip_is_one_launch_and_small():
+    """A program per list of blocks; no memory but that of the result."""
+    largest = []
+    for function, heads in ((aot.hip, 8), (aot.hip_prune, 8)):
+
+        def select(function=function):
+            with Largest() as mode:
+                function("bf16", 128)
+            largest.append(mode.elements)
+
+        (launched,) = aot.launches("sm_90", select)
+        assert launched[0].__name__ in ("hip_select_kernel", "hip_prune_select_kernel")
+        assert launched[1] == heads * 8192 // 64
+    assert largest == [2 * 131072 * 128] * 2  # the keys
+    # in decoding the heads that share keys are rows of one tile
+    paged = aot.launches("sm_90", aot.hip_paged, "bf16", 128)
+    assert paged[0][1] == 4 * 2 and paged[0][3]["BLOCK_R"] == 16
+
+
 @pytest.mark.parametrize("kv_block", range(1, 9))
 def test_gathered_tokens_fill_tiles(kv_block):
     """The tile is as full of small blocks as of large ones, for prefill and decode."""
@@ -112,6 +131,8 @@ from sparse_attn.triton_kernels.block_sparse_attention_backward import (
     block_sparse_attention_backward as gradient,
 )
 from sparse_attn.triton_kernels.flex_prefill_select import flex_prefill_select as select
+from sparse_attn.triton_kernels.hip_prune_select import hip_prune_select as prune
+from sparse_attn.triton_kernels.hip_select import hip_select as search
 from sparse_attn.triton_kernels.merge_attention_states import merge_attention_states as merge
 from sparse_attn.triton_kernels.sale_estimate import sale_estimate as estimate
 from sparse_attn.triton_kernels.sale_quantize import sale_quantize as quantize
@@ -130,6 +151,8 @@ def calls(batch, n_queries, n_keys, transposed):
     keys, key_steps, _ = quantize(key, None, "key")
     theta = lse.new_empty(batch, 8, n_keys)
     estimate(quantized, steps, keys, key_steps, theta, theta[:, :, :n_queries])
+    search(query, key)
+    prune(query, key, [256, 32, 8], [32768, 8192, 2048], [4, 4, 1])
     # a torch without CUDA makes tensors there but cannot sort them
     transposed = counts.new_empty(batch, 8, -(-n_keys // 128) + 1), indices.flatten(2)
     BlockIndex.transpose = lambda index, n_keys: transposed
@@ -163,7 +186,7 @@ def test_lengths_and_batches_alone_compile_nothing_anew():
     }
     found = json.loads(text)
     others = ("block_sparse_attention", "merge_attention_states", "attention_delta",
-              "query_gradient", "key_gradient")  # fmt: skip
+              "query_gradient", "key_gradient", "hip_select", "hip_prune_select")  # fmt: skip
     assert set(found) >= {*SELECT, *(f"{name}_kernel" for name in others)}
     assert not {k: n for k, n in found.items() if n > most.get(k, 1)}
 

@@ -180,3 +180,15 @@ def threshold_tile(dtype: torch.dtype, head_dim: int, q_block: int) -> dict[str,
         "BLOCK_M": min(q_block, rows), "BLOCK_N": 64 if dtype.itemsize == 2 else 32,
         "BLOCK_D": padded(head_dim), "num_warps": 4, "num_stages": 2,
     }  # fmt: skip
+
+
+def hip_tile(dtype: torch.dtype, head_dim: int, rows: int) -> dict[str, Any]:
+    """The tile of HiP's selections: sampled queries, and gathered keys at once."""
+    half, block_d = dtype.itemsize == 2, padded(head_dim)
+    block_r = min(64 if half and block_d <= 128 else 32, padded(rows))
+    return {
+        "D": head_dim, "BLOCK_D": block_d, "BLOCK_R": block_r,
+        "BLOCK_N": 64 if half and block_d <= 128 else 32,
+        "num_warps": 4 if half and block_r * block_d < 8192 else 8,
+        "num_stages": 3 if half and block_d <= 128 else 2,
+    }  # fmt: skip

@@ -241,7 +241,10 @@ def sale_estimate(
     mask = new(total, n_rows, n_words, blocks)
     indices, counts = new(batch, heads, n_rows, n_blocks), new(batch, heads, n_rows)
     # longer than all keys is as long as them
-    edges = (triton.cdiv(min(sink, n_keys), kv_block), triton.cdiv(min(local, n_keys + 128), kv_block))
+    edges = (
+        triton.cdiv(min(sink, n_keys), kv_block),
+        triton.cdiv(min(local, n_keys + 128), kv_block),
+    )
     tiles = triton.cdiv(n_queries, tile["BLOCK_M"])
     splits = min(n_words, triton.cdiv(2 * launch.processors(query), total * tiles))
     launch.run(

@@ -17,6 +17,8 @@ from sparse_attn import BlockIndex
 from sparse_attn.ops.block_sparse_attention import op as attend
 from sparse_attn.ops.block_sparse_attention_backward import op as gradient
 from sparse_attn.ops.flex_prefill_select import op as select
+from sparse_attn.ops.hip_prune_select import op as prune
+from sparse_attn.ops.hip_select import op as search
 from sparse_attn.ops.merge_attention_states import op as merge
 from sparse_attn.ops.sale_estimate import op as estimate
 from sparse_attn.ops.sale_quantize import op as quantize
@@ -60,6 +62,9 @@ def problems(context: Context) -> Iterator[tuple[str, BaseException | str | None
     checks += [("merge", merge.name, merged, ()), ("select", select.name, selected, ())]
     checks += [("sale quantize", quantize.name, quantized, ())]
     checks += [("sale estimate", estimate.name, estimated, ())]
+    checks += [("HiP's search", search.name, searched, (search, (64, 16, 2, 2, 1, 4, 20))),
+               ("HiP's stages", prune.name, searched,
+                (prune, ([64, 16, 4], [512, 128, 48], [2, 1, 1], 16, 4, 20)))]  # fmt: skip
     for what, operator, function, args in checks:
         for backend in context.backends(operator):
             try:
@@ -185,6 +190,20 @@ def estimated(context: Context, backend: str) -> str | None:
             got = call(context, estimate, backend, args)
             if not all(torch.equal(x, y) for x, y in zip(got, want, strict=True)):
                 return f"lists differ from the reference's at {n}, {dim}, {q_block}, {kv_block}"
+    return None
+
+
+def searched(context: Context, backend: str, op: Op, options: tuple[Any, ...]) -> str | None:
+    """Whole numbers: every sum is exact, most scores tie, and the choice is one."""
+    for n_queries in (context.size(200, 40), 1):
+        query, key = (
+            torch.randint(-2, 3, (1, heads, n, 64)).to(context.dtype)
+            for heads, n in ((4, n_queries), (2, context.size(2000, 300)))
+        )
+        got, want = (call(context, op, name, (query, key, *options)) for name in
+                     (backend, "reference"))  # fmt: skip
+        if not all(torch.equal(x, y) for x, y in zip(got, want, strict=True)):
+            return f"{n_queries} queries: the choice is another"
     return None
 
 

@@ -158,6 +158,7 @@ def first_call(rows: list[Row]) -> str:
 BY_WIDTH = (
     "block_sparse_attention", "query_gradient", "key_gradient", "probe_extent", "probe_profile",
     "sale_estimate",
+    "hip_select", "hip_prune_select",
 )  # fmt: skip
 
 

@@ -1,7 +1,8 @@
 """Runs the CUDA kernels of an operator in the executor, for tensors on the CPU.
 
 The program of an operator (tests/simt/ops/<op>.cpp) gets the tensors of a call and of its results
-by the names of the schema and the other arguments as numbers; None is left out.
+by the names of the schema and the other arguments as numbers; None is left out. A string is a
+number 1 named "argument=string", a list one number "argument[i]" per element.
 """
 
 from __future__ import annotations
@@ -19,8 +20,10 @@ from sparse_attn.registry import NS, OPS, Op
 
 from . import HERE, run
 
-ROWS_OF_16_BYTES = ("block_sparse_attention", "flex_prefill_select", "sale_quantize",
-                    "sale_threshold")  # fmt: skip
+ROWS_OF_16_BYTES = (
+    "block_sparse_attention", "flex_prefill_select", "hip_prune_select", "hip_select",
+    "sale_quantize", "sale_threshold",
+)  # fmt: skip
 POISON = {torch.int32: -0x55555556, torch.uint8: 0xAA}
 CONTIGUOUS_VECTORS = ("sale_estimate", "sale_quantize", "sale_threshold")
 LIBRARY = torch.library.Library(NS, "IMPL")
@@ -50,6 +53,11 @@ def arguments(op: Op, *args: Any) -> tuple[dict, dict, dict]:
     numbers = {k: x for k, x in values.items() if isinstance(x, (bool, int, float))}
     if values.get("group") is not None:  # of sale_quantize: SaleGroup in csrc/common/params.h
         numbers["group"] = GROUPS.index(values["group"])
+    for name, x in values.items():
+        if isinstance(x, str):
+            numbers[f"{name}={x}"] = 1
+        elif isinstance(x, (list, tuple)):
+            numbers |= {f"{name}[{i}]": n for i, n in enumerate(x)}
     numbers["dtype"] = DTYPES.get(next(iter(inputs.values())).dtype, 0)
     results = op.empty(*args)
     results = (results,) if isinstance(results, torch.Tensor) else results

@@ -1,0 +1,9 @@
+#if defined(__x86_64__)
+#include "hip_score_float.h"
+
+namespace sparse_attn {
+
+const HipScoreKernel kHipScoreAvx2 = float_score_kernel();
+
+}  // namespace sparse_attn
+#endif

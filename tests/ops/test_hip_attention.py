@@ -1,0 +1,52 @@
+import pytest
+import torch
+
+from sparse_attn.ops.block_sparse_attention import op as attend
+from sparse_attn.ops.hip_attention import op
+from sparse_attn.ops.hip_select import op as select
+from tests import hip
+from tests.cases import Shape, call, opcheck
+
+RUNS = hip.runs_of(select)  # attention has every backend
+BACKENDS = sorted({run[0] for run in RUNS})
+OPTIONS = (40, 32, 4, 2, 2, 5, 30, "first", 4, True, True, 0.2)
+
+
+def tensors(run, **sizes):
+    query, key = hip.smooth_keys(Shape(Hq=4, Hkv=2, **sizes), dtype=hip.dtype_for(run))
+    return query, key, torch.randn_like(key)
+
+
+@pytest.mark.parametrize("run", RUNS, ids=str)
+def test_equals_select_then_attend(run):
+    length = hip.brief(run, 500, 300)
+    query, key, value = tensors(run, Tq=100, Tk=length)
+    out, lse = call(op, run, query, key, value, *OPTIONS)
+    indices, counts = call(select, run, query, key, *OPTIONS)
+    want = call(attend, run, query, key, value, indices, counts, 32, 4, True, 5, 30, 0.2)
+    assert torch.equal(out, want[0]) and torch.equal(lse, want[1])
+    assert (counts == 10).all()
+
+
+@pytest.mark.parametrize("run", RUNS, ids=str)
+def test_a_budget_for_all_is_dense_attention(run):
+    query, key, value = tensors(run, Tq=70, Tk=150)
+    out, lse = call(op, run, query, key, value, 1000, 16, window=20)
+    nothing = torch.zeros(1, 1, 5, 0, dtype=torch.int32), torch.zeros(1, 1, 5, dtype=torch.int32)
+    want = call(attend, run, query, key, value, *nothing, 16, 16, sink=150)
+    tolerance = {"rtol": 1e-2, "atol": 1e-2} if query.dtype == torch.bfloat16 else {}
+    torch.testing.assert_close(out, want[0], **tolerance)
+    torch.testing.assert_close(lse, want[1], **tolerance)
+
+
+@pytest.mark.parametrize("overload", ["default", *(x for x in BACKENDS if x != "cuda")])
+def test_opcheck(overload):
+    args = (*tensors(("cpp", None), Tq=50, Tk=90), *OPTIONS)
+    opcheck(getattr(torch.ops.sparse_attn.hip_attention, overload), args)
+
+
+def test_no_silent_loss_of_gradient():
+    query, key, value = tensors(("cpp", None), Tq=50, Tk=90)
+    out, _ = op(query.requires_grad_(), key, value, 20)
+    with pytest.raises(NotImplementedError, match="has no backward. Call sparse_attn.attention"):
+        out.sum().backward()

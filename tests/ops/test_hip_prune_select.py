@@ -1,0 +1,313 @@
+"""The pruning stages against their definition, on every backend."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from sparse_attn.ops.hip_prune_select import op
+from sparse_attn.reference import hip_prune_select as reference
+from tests import hip, hip_official
+from tests.cases import CUDA, DTYPES, Shape, call, opcheck
+from tests.cases import inputs as random_inputs
+
+ORACLES = Path(__file__).parents[1] / "oracles" / "hip"
+RUNS = hip.runs_of(op)
+KERNELS = [run for run in RUNS if run[0] != "reference"]
+BACKENDS = sorted({run[0] for run in RUNS})
+brief, dtype_for = hip.brief, hip.dtype_for
+STAGES = {"chunks": [64, 32, 8], "keeps": [512, 256, 64], "q_strides": [4, 2, 1]}
+
+
+def mask_of(query, key, run=("reference", None), **options):
+    """[B, H', Mq, Nk] bool, after checking that the index is legal and as long as promised."""
+    indices, counts = call(op, run, query, key, **options)
+    values = dict(zip(op._signature.parameters, op.bind(query, key, **options), strict=True))
+    q_block, kv_block, keep = values["q_block"], values["chunks"][-1], values["keeps"][-1]
+    table, lengths = values["block_table"], values["kv_lengths"]
+    capacity = key.shape[2] if table is None else table.shape[1] * key.shape[2]
+    rows, blocks = -(-query.shape[2] // q_block), -(-capacity // kv_block)
+    keep = -(-keep // kv_block)
+    heads = {"none": query.shape[1], "group": key.shape[1], "all": 1}[values["merge_heads"]]
+    assert indices.shape == (query.shape[0], heads, rows, min(keep, blocks))
+    assert counts.shape == indices.shape[:3]
+    mask = hip.mask_of(indices, counts, blocks)
+    for b in range(query.shape[0]):
+        n_keys = capacity if lengths is None else int(lengths[b])
+        for m in range(rows):
+            last = n_keys - query.shape[2] + min((m + 1) * q_block, query.shape[2]) - 1
+            end = max(0, last - values["window"] + 1) if values["causal"] else n_keys
+            start, end = values["sink"] // kv_block, -(-end // kv_block)
+            assert (counts[b, :, m] <= min(keep, max(0, end - start))).all()
+            assert not mask[b, :, m, :start].any() and not mask[b, :, m, end:].any()
+    return mask
+
+
+@pytest.mark.parametrize("file", sorted(x.stem for x in ORACLES.glob("v12_*.npz")))
+def test_the_official_selection_with_its_quirks(file):
+    data = np.load(ORACLES / f"{file}.npz")
+    query, key = (torch.from_numpy(data[x]).transpose(0, 1) for x in "qk")
+    options = json.loads(str(data["params"]))
+    got = hip_official.v12(
+        query, key, **{x: options[x] for x in ("stages", "second_stage_k", "sw", "sink")}
+    )
+    want = torch.from_numpy(np.unpackbits(data["eff_mask"], axis=-1)).bool()[..., : key.shape[1]]
+    assert want.any() and torch.equal(got, want)
+
+
+def any_options(data):
+    """Any legal options."""
+    pick = lambda *xs: data.draw(st.sampled_from(xs))  # noqa: E731
+    integer = lambda low, high: data.draw(st.integers(low, high))  # noqa: E731
+    chunks = pick([64, 16, 8], [32, 4], [24, 12, 12], [9, 3], [40], [16, 1], [5], [20, 10])
+    q_block = pick(1, 3, 16, 64)
+    return {
+        "chunks": chunks, "keeps": [integer(1, 40) * chunks[-1] for _ in chunks],
+        "q_strides": [integer(1, min(q_block, 4)) for _ in chunks], "q_block": q_block,
+        "sink": pick(0, 5, 16), "window": pick(0, 7, 32), "causal": pick(True, True, False),
+        "representative": pick("centre", "first"), "merge_heads": pick("none", "group", "all"),
+        "scale": pick(None, 0.3, -1.0),
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("run", KERNELS or RUNS, ids=str)
+@settings(max_examples=20)
+@given(data=st.data())
+def test_equals_the_reference_exactly_ties_included(run, data):
+    """Whole numbers: every sum is exact, and most scores tie."""
+    length = data.draw(st.integers(3, brief(run, 400, 150)))
+    chunk = data.draw(st.integers(1, 12 if run[0] == "triton" else brief(run, 150, 70)))
+    dims = data.draw(st.sampled_from((8, 32, 40, 64)))
+    heads = data.draw(st.sampled_from(((1, 1), (4, 2), (3, 3))))
+    shape = Shape(B=data.draw(st.integers(1, 2)), Hq=heads[0], Hkv=heads[1], Tq=chunk, Tk=length,
+                  D=dims)  # fmt: skip
+    dtype = torch.bfloat16 if run[0] == "cuda" else data.draw(st.sampled_from(DTYPES))
+    query, key = hip.whole_numbers(shape, dtype)
+    options = any_options(data)
+    got, want = (mask_of(query, key, r, **options) for r in (run, ("reference", None)))
+    assert torch.equal(got, want)
+
+
+@pytest.mark.parametrize("run", KERNELS, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("merge", ["none", "group", "all"])
+def test_equals_the_reference_where_no_score_nearly_ties(run, dtype, merge):
+    if run[0] == "cuda" and dtype == torch.float32:
+        pytest.skip("float32 is served by others")
+    shape = Shape(Hq=4, Hkv=2, Tq=brief(run, 150, 40), Tk=brief(run, 900, 300))
+    query, key = hip.smooth_keys(shape, length=64, dtype=dtype)
+    # descents of one chunk may take the other half; what the choice sees of it is a score
+    options = {"chunks": [32, 8], "keeps": [160, 48], "q_strides": [2, 1], "q_block": 32,
+               "sink": 5, "window": 20, "merge_heads": merge}  # fmt: skip
+    exact = {}
+    gaps = hip.nearest_ties(
+        reference, lambda: exact.update(mask=mask_of(query.double(), key.double(), **options))
+    )
+    clear = (gaps > 1e-2).view(-1, exact["mask"].shape[1]).T
+    got = mask_of(query, key, run, **options)[0]
+    assert clear.float().mean() > 0.5
+    assert torch.equal(got[clear], exact["mask"][0][clear])
+
+
+@pytest.mark.parametrize("run", RUNS, ids=str)
+@pytest.mark.parametrize("merge", ["none", "group", "all"])
+def test_merged_heads_share_what_any_of_them_likes_most(run, merge):
+    """Each head likes one place of its own; room for the places of all."""
+    query = torch.eye(4, 16)[None, :, None].repeat(1, 1, 8, 1)
+    key = torch.zeros(1, 2, 500, 16)
+    places = [100, 180, 260, 340]
+    for h, place in enumerate(places):
+        key[:, h // 2, place - 12 : place + 12, h] = 1
+        key[:, h // 2, place, h] = 4
+    query, key = query.to(dtype_for(run)), key.to(dtype_for(run))
+    options = {"chunks": [16, 8], "keeps": [64, 32], "q_strides": [1, 1], "q_block": 8,
+               "window": 30, "sink": 0, "merge_heads": merge}  # fmt: skip
+    mask = mask_of(query, key, run, **options)[0, :, 0]
+    group = 4 // mask.shape[0]
+    for h, place in enumerate(places):
+        assert mask[h // group, place // 8]
+
+
+@pytest.mark.parametrize("run", RUNS, ids=str)
+def test_room_for_all_keeps_all(run):
+    """With the sink and the window each query sees each key up to itself."""
+    for n_queries, n_keys, q_block, chunks, sink, window in (
+        (70, 70, 64, [32, 8], 16, 30), (33, 90, 5, [9, 3], 4, 7), (1, 57, 1, [8], 3, 10),
+        (90, 33, 16, [64, 2], 0, 0), (20, 20, 7, [4], 50, 50),
+    ):  # fmt: skip
+        shape = Shape(Tq=n_queries, Tk=n_keys, Hq=2, Hkv=1, D=16)
+        query, key, _ = random_inputs(shape, dtype_for(run))
+        mask = mask_of(
+            query, key, run, chunks=chunks, keeps=[1000] * len(chunks),
+            q_strides=[1] * len(chunks), q_block=q_block, sink=sink, window=window,
+        )[0, 0]  # fmt: skip
+        token = torch.arange(n_keys)
+        for i in range(n_queries):
+            p = n_keys - n_queries + i
+            seen = mask[i // q_block][token // chunks[-1]] | (token < sink) | (token > p - window)
+            assert seen[: max(p + 1, 0)].all()
+
+
+@pytest.mark.parametrize("run", RUNS, ids=str)
+def test_ties_go_to_the_lower_chunk(run):
+    key = torch.ones(1, 1, 300, 16, dtype=dtype_for(run))
+    query = torch.zeros(1, 1, 4, 16, dtype=dtype_for(run))
+    query[:, :, 1] = -0.0
+    options = {"chunks": [16, 4], "keeps": [96, 40], "q_strides": [1, 1], "q_block": 4}
+    mask = mask_of(query, key, run, **options, sink=9, window=30)
+    assert torch.equal(torch.arange(75)[mask.flatten()], 2 + torch.arange(10))
+
+
+@pytest.mark.parametrize("run", RUNS, ids=str)
+def test_keys_of_the_window_and_later_do_not_vote(run):
+    query, key = hip.smooth_keys(Shape(Tq=64, Tk=400), dtype=dtype_for(run))
+    options = STAGES | {"keeps": [256, 96, 32], "q_block": 32, "window": 40, "sink": 16}
+    before = mask_of(query, key, run, **options)
+    key[:, :, 368 - 40 :] *= 50
+    after = mask_of(query, key, run, **options)
+    assert torch.equal(before[:, :, 0], after[:, :, 0])
+    assert not torch.equal(before[:, :, 1], after[:, :, 1])
+
+
+@pytest.mark.parametrize("run", RUNS, ids=str)
+def test_batches_strides_and_repeats(run):
+    query, key = hip.smooth_keys(Shape(B=2, Hq=4, Hkv=2, Tq=65, Tk=300), dtype=dtype_for(run))
+    options = STAGES | {"q_block": 32, "window": 17, "keeps": [256, 96, 32], "sink": 8}
+    both = mask_of(query, key, run, **options)
+    for b in range(2):
+        alone = mask_of(query[b : b + 1], key[b : b + 1], run, **options)
+        assert torch.equal(both[b : b + 1], alone)
+    strided = [x.transpose(1, 2).contiguous().transpose(1, 2) for x in (query, key)]
+    assert torch.equal(both, mask_of(*strided, run, **options))
+    chunk = mask_of(query[:, :, 32:], key, run, **options)
+    assert torch.equal(both[:, :, 1:], chunk)
+
+
+@pytest.mark.parametrize("run", RUNS, ids=str)
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e4])
+def test_strange_numbers(run, value):
+    """A NaN does not count; lists stay legal and equal the reference's."""
+    query, key = hip.whole_numbers(Shape(Tq=33, Tk=300, Hq=2, Hkv=1), dtype_for(run))
+    key[:, :, 100:140, 3] = value
+    query[:, 1, 5] = value
+    options = STAGES | {"keeps": [192, 64, 16], "q_block": 16, "window": 9, "sink": 0}
+    got = mask_of(query, key, run, **options)
+    assert torch.equal(got, mask_of(query, key, **options))
+    query[:] = float("nan")
+    assert torch.equal(mask_of(query, key, run, **options), mask_of(query, key, **options))
+
+
+@pytest.mark.parametrize("run", RUNS, ids=str)
+@pytest.mark.parametrize("page_size", [None, 16, 32, 128])
+def test_pages(run, page_size):
+    shape = Shape(B=3, Hq=4, Hkv=2, Tq=40, Tk=270)
+    query, key = hip.smooth_keys(shape, dtype=dtype_for(run))
+    lengths = [270, 131, 0]
+    options = STAGES | {"keeps": [192, 64, 16], "q_block": 16, "window": 10, "sink": 4}
+    pages, table, n = hip.paged(key, page_size, lengths)
+    got = mask_of(query, pages, run, **options, block_table=table, kv_lengths=n)
+    for b, length in enumerate(lengths):
+        if length == 0:
+            assert not got[b].any()
+            continue
+        alone = mask_of(query[b : b + 1], key[b : b + 1, :, :length], run, **options)
+        assert torch.equal(got[b : b + 1, ..., : alone.shape[-1]], alone)
+        assert not got[b, ..., alone.shape[-1] :].any()
+
+
+@pytest.mark.parametrize("run", KERNELS, ids=str)
+def test_every_argument_reaches_the_kernel(run):
+    query, key = hip.smooth_keys(
+        Shape(Hq=4, Hkv=2, Tq=64, Tk=brief(run, 900, 400)), dtype=dtype_for(run)
+    )
+    base = STAGES | {"keeps": [256, 96, 32], "q_block": 32, "sink": 8, "window": 24}
+    seen = []
+    for change in ({}, {"chunks": [32, 16, 4]}, {"keeps": [256, 64, 40]}, {"q_block": 16},
+                   {"q_strides": [8, 8, 8]}, {"sink": 60}, {"window": 120},
+                   {"representative": "first"}, {"merge_heads": "group"}, {"merge_heads": "all"},
+                   {"causal": False}, {"scale": -1.0}):  # fmt: skip
+        got, want = (mask_of(query, key, r, **(base | change)) for r in (run, RUNS[0]))
+        assert (got != want).float().mean() < 0.01
+        seen.append(tuple(got.float().mean((0, 2)).flatten().tolist()))
+    assert len(set(seen)) == len(seen)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the GPU decides the order of its threads")
+def test_the_order_of_threads_does_not_show():
+    query, key = hip.smooth_keys(Shape(Hq=2, Hkv=1, Tq=40, Tk=250), dtype=torch.bfloat16)
+    one, *others = (
+        call(
+            op, run, query, key, **(STAGES | {"keeps": [192, 64, 32], "q_block": 32, "window": 17})
+        )
+        for run in CUDA
+    )
+    assert all(torch.equal(x, y) for other in others for x, y in zip(one, other, strict=True))
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+def test_threads_do_not_change_the_choice(threads):
+    query, key = hip.smooth_keys(Shape(Hq=3, Hkv=1, Tq=200, Tk=900))
+    before = torch.get_num_threads()
+    one = op(query, key, **STAGES)
+    try:
+        torch.set_num_threads(threads)
+        assert all(torch.equal(x, y) for x, y in zip(one, op(query, key, **STAGES), strict=True))
+    finally:
+        torch.set_num_threads(before)
+
+
+BAD = [
+    ({"chunks": []}, "chunks: got \\[\\], expected one integer per stage"),
+    ({"keeps": [8, 8]}, "keeps: got .*expected one integer per stage"),
+    ({"q_strides": [1]}, "q_strides: got .*expected one integer per stage"),
+    ({"chunks": [64, 48, 8]}, "chunks\\[1\\]: got 48, expected 1 to 4096 that divides"),
+    ({"chunks": [256, 256, 256]}, "chunks\\[-1\\]: got 256, expected 1 to 128"),
+    ({"keeps": [512, 0, 8]}, "keeps\\[1\\]: got 0"),
+    ({"q_strides": [1, 65, 1]}, "q_strides\\[1\\]: got 65, expected 1 to 64"),
+    ({"q_block": 129}, "q_block: got 129"),
+    ({"sink": -1}, "sink: got -1"),
+    ({"window": -1}, "window: got -1"),
+    ({"representative": "last"}, "representative: got 'last'"),
+    ({"merge_heads": "some"}, "merge_heads: got 'some'"),
+    ({"scale": float("nan")}, "scale: got nan"),
+    ({"key": torch.randn(1, 2, 100, 32)}, "key: head_dim"),
+]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("change, message", BAD, ids=[m for _, m in BAD])
+def test_bad_input(backend, change, message):
+    query, key = random_inputs(Shape(Tq=100, Tk=100, Hq=4, Hkv=2))[:2]
+    arguments = {"query": query, "key": key} | STAGES | change
+    with pytest.raises((ValueError, TypeError, RuntimeError), match=message):
+        op(**arguments, backend=backend)
+    with pytest.raises((ValueError, TypeError, RuntimeError), match=message):
+        op.default(**arguments)
+
+
+@pytest.mark.parametrize("overload", ["default", *BACKENDS])
+def test_opcheck(overload):
+    query, key = random_inputs(Shape(Tq=50, Tk=70, Hq=4, Hkv=2), torch.bfloat16)[:2]
+    args = (query, key, [16, 4], [32, 8], [2, 1], 16, 5, 9, "first", "group", True, 0.2)
+    opcheck(getattr(torch.ops.sparse_attn.hip_prune_select, overload), args)
+
+
+def test_compiles_for_any_length():
+    torch._dynamo.reset()
+    compiled = torch.compile(
+        lambda q, k: op(q, k, [32, 8], [128, 32], [1, 1], window=20, sink=8), fullgraph=True,
+        dynamic=True, backend="eager",
+    )  # fmt: skip
+    for length in (200, 333):
+        query, key = hip.smooth_keys(Shape(Tq=length, Tk=length))
+        want = op(query, key, [32, 8], [128, 32], [1, 1], window=20, sink=8)
+        assert all(torch.equal(x, y) for x, y in zip(compiled(query, key), want, strict=True))
+
+
+def test_no_silent_loss_of_gradient():
+    query, key = random_inputs(Shape(Tq=50, Tk=50))[:2]
+    assert not any(x.requires_grad for x in op(query.requires_grad_(), key, **STAGES))
