@@ -8,7 +8,7 @@ from . import _hip as hip
 
 OPTIONS = (
     "SymInt budget=512, int q_block=64, int kv_block=2, int q_stride=2, int key_stride=1, "
-    'SymInt sink=16, SymInt window=256, str representative="centre", int branch=2, '
+    'SymInt sink=16, SymInt window=256, str representative="centre", int branch=4, '
     "bool share_kv_heads=False, bool causal=True, float? scale=None"
 )
 
@@ -20,7 +20,7 @@ op = Op(
 
 @op.fake
 def _(query, key, budget=512, q_block=64, kv_block=2, q_stride=2, key_stride=1, sink=16,
-      window=256, representative="centre", branch=2, share_kv_heads=False, causal=True,
+      window=256, representative="centre", branch=4, share_kv_heads=False, causal=True,
       scale=None, block_table=None, kv_lengths=None):  # fmt: skip
     heads = key.shape[1] if share_kv_heads else query.shape[1]
     return hip.fake_index(query, key, heads, q_block, kv_block, budget, block_table)
