@@ -23,8 +23,9 @@ class HiP:
         budget: tokens that the search keeps (paper: k); 1 or more, default 512.
         q_block: queries that share a choice (b_q); 1 to 128, default 64 (paper: 32, 64).
         kv_block: tokens per block of keys (b_k); 1 to 128, default 2.
-        q_stride: every so many queries votes (b_sq); 1 to q_block, default 2.
-        key_stride: every so many keys of a block is scored (b_sk); 1 to kv_block, default 1.
+        q_stride: every so many queries votes (b_sq); 1 to 128, default 2; q_block
+            or more: only its last.
+        key_stride: every so many keys of a block is scored (b_sk); 1 to 128, default 1.
         sink: first tokens that every query attends to (n_sink); default 16.
         window: last tokens that every query attends to (sw); default 256.
         representative: what a chunk of blocks is judged by, its "centre" (paper) or its "first".

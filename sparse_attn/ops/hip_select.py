@@ -32,8 +32,8 @@ def check_options(budget, q_block, kv_block, q_stride, key_stride, sink, window,
     hip.budget("budget", budget)
     check.block_size("q_block", q_block)
     check.block_size("kv_block", kv_block)
-    hip.stride("q_stride", q_stride, "q_block", q_block)
-    hip.stride("key_stride", key_stride, "kv_block", kv_block)
+    check.block_size("q_stride", q_stride)
+    check.block_size("key_stride", key_stride)
     for name, x in (("sink", sink), ("window", window)):
         check.integer(name, x)
         check.between(name, x, 0, check.MAX_TOKENS)

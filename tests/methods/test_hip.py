@@ -109,7 +109,7 @@ def test_four_branches_find_more_than_two():
         for branch in kept_by:
             index = HiP(budget=1024, sink=64, branch=branch).select(query, key).index
             kept_by[branch] += kept(near, far, index) / 4
-    assert kept_by[4] > kept_by[2] + 0.1, kept_by
+    assert kept_by[4] > kept_by[2] + 0.05, kept_by
 
 
 def test_a_larger_budget_keeps_more():
@@ -124,8 +124,8 @@ def test_a_larger_budget_keeps_more():
 # ---- decoding ----------------------------------------------------------------------------------
 
 
-def weight_of(place, out):
-    """Values are one-hot at `place`: the output is the attention to it."""
+def weight_of(out):
+    """Values are 0 but for one key: the output is the attention to it."""
     return out[..., 0].min().item()
 
 
@@ -137,7 +137,8 @@ def test_a_hot_key_stays_visible_while_a_choice_ages(backend, refresh):
     state = HiPState(config, refresh)
     hot, n = 300 - 32 + 3, 300  # the fourth oldest of the window at the first step
     key, value = torch.zeros(1, 2, n + 12, 32), torch.zeros(1, 2, n + 12, 32)
-    key[:, :, hot, 0], value[:, :, hot, 0] = 20, 1
+    nearby = (1 - (torch.arange(n + 12) - hot).abs() / 20).clamp(min=0)  # a search can find it
+    key[..., 0], value[:, :, hot, 0] = 20 * nearby, 1
     query = torch.zeros(1, 4, 1, 32)
     query[..., 0] = 10
     ages = []
@@ -146,10 +147,10 @@ def test_a_hot_key_stays_visible_while_a_choice_ages(backend, refresh):
         args = query, key[:, :, seen], value[:, :, seen]
         out, _ = state.attention(*args, backend=backend)
         ages.append(state.age)
-        assert weight_of(hot, out) > 0.999, f"step {step}"
-        if state.age >= 4:  # without the wider window it is gone
+        assert weight_of(out) > 0.6, f"step {step}"
+        if state.age >= 4:  # without the wider window it would be gone
             without, _ = attend(*args, *state.index, True, 4, 32, backend=backend)
-            assert weight_of(hot, without) < 0.5
+            assert weight_of(without) < 0.01
     assert ages == [step % refresh for step in range(12)]
 
 
@@ -262,8 +263,8 @@ def test_gradients_flow_through_the_blocks_chosen():
         ("q_block", 0, "1 to 128"),
         ("q_block", 129, "1 to 128"),
         ("kv_block", 256, "1 to 128"),
-        ("q_stride", 65, "1 to 64 .q_block."),
-        ("key_stride", 3, "1 to 2 .kv_block."),
+        ("q_stride", 129, "1 to 128"),
+        ("key_stride", 0, "1 to 128"),
         ("sink", -1, "0 to"),
         ("window", 2**40, "0 to"),
         ("window", True, "an integer"),
