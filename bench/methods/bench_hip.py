@@ -29,6 +29,7 @@ CONFIGS = [
 
 def run(report: Report) -> None:
     alike(report)
+    against_dense(report)
     for kind in ("mixed", "sharp"):
         q, k, v = gen(7, 32768, kind, Hq=8, Hkv=2, D=64)
         query, key, value = (torch.from_numpy(x).transpose(1, 2).bfloat16() for x in (q, k, v))
@@ -48,6 +49,29 @@ def alike(report: Report) -> None:
                 found += recall(masses, HiP(budget=budget, sink=64).select(query, key)) / 4
                 possible += best_recall(masses, budget, 2, 64, 256) / 4
             report.add(f"HiP k = {budget}, keys alike over {length}: recall", found, best=possible)
+
+
+def against_dense(report: Report) -> None:
+    """Defaults of both methods beside own dense attention: from where on they pay."""
+    q, k, v = gen(7, 32768, "mixed", Hq=8, Hkv=2, D=64)
+    tensors = [torch.from_numpy(x).transpose(1, 2).bfloat16() for x in (q, k, v)]
+    for n in (2048, 4096, 8192, 16384, 32768):
+        for queries in (1, 128, min(n, 2048)):  # 2048: a chunk, whose rows see nearly all keys
+            query = tensors[0][:, :, n - queries : n]
+            key, value = (x[:, :, :n] for x in tensors[1:])
+            methods = {"dense": "dense", "hip": HiP(), "infinite_hip": InfiniteHiP()}
+            seconds = time_in_turn(
+                {
+                    name: lambda t=(query, key, value, m): attention(*t, fallback=False)
+                    for name, m in methods.items()
+                },
+                3,
+            )
+            for name in ("hip", "infinite_hip"):
+                report.add(
+                    f"{name}, defaults, vs own dense, last {queries} queries of {n} keys",
+                    seconds["dense"] / seconds[name],
+                )
 
 
 def describe(config: HiP | InfiniteHiP) -> tuple[str, int, int]:
