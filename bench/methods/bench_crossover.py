@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import torch
 
-from sparse_attn import attention, select
+from sparse_attn import attention
 from sparse_attn.cpu_isa import BEST
 from sparse_attn.crossover import CAUTIOUS, MEASURED
 from sparse_attn.methods import METHODS
+from sparse_attn.ops.block_sparse_attention import op as attend
 
 from ..harness import Report, check, time_in_turn
 from ..inputs import gen
@@ -45,14 +46,15 @@ def measure(
     """Adds dense time / method time for one size; defaults of the method, in tokens of the call."""
     config = METHODS[name]()
     out, stats = attention(query, key, value, config, fallback=False, return_stats=True)
-    index = select(query, key, config)
+    index, sink, window = config.select(query, key)
     # the last query blocks: all of them would take the reference long
     blocks = 128 // index.q_block
-    rows = slice(-blocks * index.q_block, None)
+    rows = slice((-(-query.shape[2] // index.q_block) - blocks) * index.q_block, None)
     part = index._replace(
         indices=index.indices[:, :, -blocks:], counts=index.counts[:, :, -blocks:]
     )
-    want = attention(query[:, :, rows], key, value, index=part, backend="reference")
+    last = query[:, :, rows]
+    want, _ = attend(last, key, value, *part, True, sink, window, backend="reference")
     check(what, out[:, :, rows], want, 1e-2)
     seconds = time_in_turn(
         {
