@@ -1,0 +1,63 @@
+"""Squeezed Attention in one call: look the clusters up, then attend."""
+
+from __future__ import annotations
+
+import torch
+
+from ..registry import Op
+from . import _checks as check
+from .block_sparse_attention import fake_result
+from .squeezed_attend import check_tensors
+from .squeezed_attend import op as attend
+from .squeezed_lookup import LEVEL, deciding_heads
+from .squeezed_lookup import op as lookup
+
+op = Op(
+    "squeezed_attention",
+    "(Tensor query, Tensor key, Tensor value, Tensor tail_key, Tensor tail_value, "
+    f"Tensor centroids, {LEVEL}, bool shared=False, Tensor? tail_lengths=None, "
+    "float? scale=None) -> (Tensor out, Tensor lse, Tensor tokens)",
+)
+
+
+@op.fake
+def _(query, key, value, tail_key, tail_value, centroids, log_counts, offsets, threshold,
+      coarse_centroids=None, coarse_log_counts=None, children=None, coarse_threshold=None,
+      shared=False, tail_lengths=None, scale=None):  # fmt: skip
+    heads = (query.shape[0], deciding_heads(query, centroids, shared))
+    return *fake_result(query, value), query.new_empty(heads, dtype=torch.int32)
+
+
+@op.validate
+def _(query, key, value, tail_key, tail_value, centroids, *rest):
+    *level, shared, tail_lengths, scale = rest
+    check_tensors(query, key, value, tail_key, tail_value, tail_lengths)
+    lookup.check(query, centroids, *level, shared, scale)
+    check.same("centroids", "number of heads", centroids.shape[1], key.shape[1], "key")
+    check.same("centroids", "batch size", centroids.shape[0], key.shape[0], "key")
+
+
+def _run(backend, query, key, value, tail_key, tail_value, centroids, *rest):
+    *level, shared, tail_lengths, scale = rest
+    starts, sums, counts, tokens = lookup(
+        query, centroids, *level, shared, scale, backend=backend
+    )  # fmt: skip
+    out, lse = attend(
+        query, key, value, tail_key, tail_value, starts, sums, counts, tail_lengths, scale,
+        backend=backend,
+    )  # fmt: skip
+    return out, lse, tokens
+
+
+def _parts_serve(backend):
+    def when(query, key, value, tail_key, tail_value, centroids, *rest):
+        refused = lookup.reasons((query, centroids, *rest[:-2], rest[-1]))[backend]
+        tensors = (query, key, value, tail_key, tail_value)
+        return refused or attend.reasons(tensors)[backend] or True
+
+    return when
+
+
+op.composite("reference", "any", _run, of=(lookup, attend))
+op.autocast(6)
+op.no_grad("It is for inference over a fixed context: call it on detached tensors.")
