@@ -154,3 +154,24 @@ def probe_tile(dtype: torch.dtype, head_dim: int, rows: int) -> dict[str, Any]:
         "GROUPS": padded(rows) // block_r, "TILES": 2048 // most,
         "num_warps": 4 if dtype.itemsize == 2 else 8, "num_stages": 2,
     }  # fmt: skip
+
+
+LOOKUP_ROWS = 16  # queries up to which `squeezed_lookup` keeps every score
+
+
+@cache
+def lookup_tile(
+    dtype: torch.dtype, head_dim: int, group: int, n_queries: int
+) -> AttentionTile:
+    """The tile of `squeezed_lookup`: all heads of a group, or many queries of one head."""
+    half = dtype.itemsize == 2
+    queries = query_rows(n_queries, LOOKUP_ROWS) if n_queries <= LOOKUP_ROWS else 64 if half else 32
+    heads = min(group, max(1, LOOKUP_ROWS // queries))
+    return AttentionTile(
+        -(-group // heads),
+        {
+            "G": group, "HEADS": heads, "QUERIES": queries, "D": head_dim,
+            "BLOCK_M": max(LOOKUP_ROWS, queries), "BLOCK_N": 64 if half else 32,
+            "BLOCK_D": padded(head_dim), "num_warps": 4, "num_stages": 3 if half else 2,
+        },
+    )  # fmt: skip

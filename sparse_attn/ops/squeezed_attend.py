@@ -6,7 +6,7 @@ import torch
 
 from ..registry import Op
 from . import _checks as check
-from .block_sparse_attention import fake_result
+from .block_sparse_attention import fake_result, triton_serves
 
 op = Op(
     "squeezed_attend",
@@ -71,6 +71,19 @@ def _(query, key, value, tail_key, tail_value, starts, sums, counts, tail_length
     check.finite_scale(scale)
 
 
+def _cuda_serves(query, key, value, tail_key, *args):
+    dims = query.shape[3], value.shape[3]
+    if any(d % 8 or d > 256 for d in dims):
+        served = "served: multiples of 8 up to 256; triton takes others"
+        return f"head_dim {dims[0]} and {dims[1]}, {served}"
+    longest = max(x.shape[2] for x in (query, key, tail_key))
+    if not torch.compiler.is_compiling() and longest >= 2**30:  # as in check.lengths
+        return f"{longest} tokens, served: less than 2**30; triton takes more"
+    return check.cuda_kernels_serve(query)
+
+
+op.impl("triton", device="cuda", when=triton_serves)
+op.impl("cuda", device="cuda", when=_cuda_serves)
 op.impl("reference", device="any")
 op.autocast(5)
 op.no_grad("It is for inference over a fixed context: call it on detached tensors.")

@@ -89,6 +89,20 @@ def _(query, centroids, log_counts, offsets, threshold, coarse_centroids, coarse
     check.finite_scale(scale)
 
 
+def _triton_serves(query, *args):
+    if query.shape[3] > 256:
+        return f"head_dim {query.shape[3]}, served up to 256"
+    return check.not_float64(query)
+
+
+def _cuda_serves(query, *args):
+    if query.shape[3] > 256 or query.shape[3] % 8 != 0:
+        return f"head_dim {query.shape[3]}, served are multiples of 8 up to 256"
+    return check.cuda_kernels_serve(query)
+
+
+op.impl("triton", device="cuda", when=_triton_serves)
+op.impl("cuda", device="cuda", when=_cuda_serves)
 op.impl("reference", device="any")
 op.autocast(2)
 op.no_grad("A selection has no gradient: call it on detached tensors.")

@@ -18,7 +18,9 @@ from sparse_attn.registry import NS, OPS, Op
 
 from . import HERE, run
 
-ROWS_OF_16_BYTES = ("block_sparse_attention", "flex_prefill_select")
+ROWS_OF_16_BYTES = (
+    "block_sparse_attention", "flex_prefill_select", "squeezed_attend", "squeezed_lookup",
+)  # fmt: skip
 LIBRARY = torch.library.Library(NS, "IMPL")
 _seed = 0
 
