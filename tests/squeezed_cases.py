@@ -94,11 +94,13 @@ def with_thresholds(args, quantile):
 
 def in_a_gap(scores, quantile):
     values = scores[scores > 0].log().sort().values
-    if len(values) < 2:
+    if len(values) == 0:
         return torch.tensor(0.0)
     at = int(quantile * (len(values) - 1))
     near = values[max(0, at - 4) : at + 5]
-    widest = near.diff().argmax()
+    widest = near.diff().argmax() if len(near) > 1 else 0
+    if len(near) < 2 or near.diff()[widest] < 1e-3:
+        return (values[0].exp() / 2).float()
     return ((near[widest] + near[widest + 1]) / 2).exp().float()
 
 

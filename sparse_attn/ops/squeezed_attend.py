@@ -71,6 +71,7 @@ def _(query, key, value, tail_key, tail_value, starts, sums, counts, tail_length
     check.finite_scale(scale)
 
 
+op.impl("cpp", device="cpu", when=check.not_float64)
 op.impl("reference", device="any")
 op.autocast(5)
 op.no_grad("It is for inference over a fixed context: call it on detached tensors.")

@@ -89,6 +89,7 @@ def _(query, centroids, log_counts, offsets, threshold, coarse_centroids, coarse
     check.finite_scale(scale)
 
 
+op.impl("cpp", device="cpu", when=check.not_float64)
 op.impl("reference", device="any")
 op.autocast(2)
 op.no_grad("A selection has no gradient: call it on detached tensors.")
