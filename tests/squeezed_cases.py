@@ -71,28 +71,43 @@ def with_thresholds(args, quantile):
     query, centroids, log_counts, offsets, _, *coarse, shared, scale = args
     alive = None
     if coarse[0] is not None:
-        scores = cluster_scores(query.double(), coarse[0].double(), coarse[1].double(), shared, scale)
+        scores = cluster_scores(
+            query.double(), coarse[0].double(), coarse[1].double(), shared, scale
+        )
         coarse[3] = in_a_gap(scores, min(quantile, 0.5))
         parents = keep(scores, coarse[1], coarse[3])
         alive = children_of(parents, coarse[2], centroids.shape[2])
     scores = cluster_scores(
         query.double(), centroids.double(), log_counts.double(), shared, scale, alive
     )
-    return [query, centroids, log_counts, offsets, in_a_gap(scores, quantile), *coarse, shared, scale]
+    return [
+        query,
+        centroids,
+        log_counts,
+        offsets,
+        in_a_gap(scores, quantile),
+        *coarse,
+        shared,
+        scale,
+    ]
 
 
 def in_a_gap(scores, quantile):
     values = scores[scores > 0].log().sort().values
-    if len(values) < 2:
+    if len(values) == 0:
         return torch.tensor(0.0)
     at = int(quantile * (len(values) - 1))
     near = values[max(0, at - 4) : at + 5]
-    widest = near.diff().argmax()
+    widest = near.diff().argmax() if len(near) > 1 else 0
+    if len(near) < 2 or near.diff()[widest] < 1e-3:
+        return (values[0].exp() / 2).float()
     return ((near[widest] + near[widest + 1]) / 2).exp().float()
 
 
 def in_float64(args):
-    return [x.double() if isinstance(x, torch.Tensor) and x.is_floating_point() else x for x in args]
+    return [
+        x.double() if isinstance(x, torch.Tensor) and x.is_floating_point() else x for x in args
+    ]
 
 
 @cache

@@ -84,6 +84,7 @@ def _cuda_serves(query, key, value, tail_key, *args):
 
 op.impl("triton", device="cuda", when=triton_serves)
 op.impl("cuda", device="cuda", when=_cuda_serves)
+op.impl("cpp", device="cpu", when=check.not_float64)
 op.impl("reference", device="any")
 op.autocast(5)
 op.no_grad("It is for inference over a fixed context: call it on detached tensors.")

@@ -58,8 +58,8 @@ def _parts_serve(backend):
     return when
 
 
-for _backend in ("triton", "cuda"):
-    op.composite(_backend, "cuda", _run, of=(lookup, attend), when=_parts_serve(_backend))
+for _backend, _device in (("triton", "cuda"), ("cuda", "cuda"), ("cpp", "cpu")):
+    op.composite(_backend, _device, _run, of=(lookup, attend), when=_parts_serve(_backend))
 op.composite("reference", "any", _run, of=(lookup, attend))
 op.autocast(6)
 op.no_grad("It is for inference over a fixed context: call it on detached tensors.")

@@ -103,6 +103,7 @@ def _cuda_serves(query, *args):
 
 op.impl("triton", device="cuda", when=_triton_serves)
 op.impl("cuda", device="cuda", when=_cuda_serves)
+op.impl("cpp", device="cpu", when=check.not_float64)
 op.impl("reference", device="any")
 op.autocast(2)
 op.no_grad("A selection has no gradient: call it on detached tensors.")

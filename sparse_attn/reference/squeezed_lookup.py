@@ -146,8 +146,8 @@ def squeezed_lookup(
     Returns:
         starts, sums: int32 [B, H', (K + 1) // 2]. Run r holds the tokens from starts[r] on; runs
             0 to r hold sums[r] tokens together, so run r has sums[r] - sums[r - 1]. Ascending,
-            not empty, with at least one token that is not kept between two runs. Only the
-            first `counts` places are read.
+            not empty, with at least one token that is not kept between two runs; 0 from place
+            `counts` on.
         counts: int32 [B, H'], runs.
         tokens: int32 [B, H'], kept tokens: sums[counts - 1], 0 without runs.
     """

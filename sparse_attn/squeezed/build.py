@@ -140,8 +140,9 @@ def _two_levels(
     label = kmeans(F.normalize(means, dim=-1), parents, p.iterations, generator)
     parents = min(parents, means.shape[1])
     by_parent = label.argsort(dim=-1, stable=True)
-    means, counts = means.gather(1, by_parent[..., None].expand_as(means)), counts.gather(
-        1, by_parent
+    means, counts = (
+        means.gather(1, by_parent[..., None].expand_as(means)),
+        counts.gather(1, by_parent),
     )
     label = label.gather(1, by_parent)
     labels = by_parent.argsort(-1).gather(1, labels)  # the new number of each key's cluster
@@ -149,16 +150,23 @@ def _two_levels(
     heads = torch.arange(len(means), device=means.device)[:, None]
     place = (label + parents * heads).flatten()
     wide = means.new_zeros((len(means) * parents, means.shape[2] + 1))
-    wide.index_add_(0, place, torch.cat([means * filled[..., None], filled[..., None]], -1).flatten(0, 1))
+    wide.index_add_(
+        0, place, torch.cat([means * filled[..., None], filled[..., None]], -1).flatten(0, 1)
+    )
     wide = wide.view(len(means), parents, -1)
     keys = torch.zeros((len(means), parents), dtype=torch.int64, device=means.device)
     keys.scatter_add_(1, label, counts)
     children = F.pad(torch.zeros_like(keys).scatter_add_(1, label, torch.ones_like(label)), (1, 0))
-    return means, counts, labels, {
-        "coarse_centroids": (wide[..., :-1] / wide[..., -1:].clamp(min=1))[None],
-        "coarse_log_counts": keys.float().log()[None],
-        "children": children.cumsum(-1).int()[None],
-    }
+    return (
+        means,
+        counts,
+        labels,
+        {
+            "coarse_centroids": (wide[..., :-1] / wide[..., -1:].clamp(min=1))[None],
+            "coarse_log_counts": keys.float().log()[None],
+            "children": children.cumsum(-1).int()[None],
+        },
+    )
 
 
 class _Bar:

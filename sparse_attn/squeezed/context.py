@@ -279,6 +279,8 @@ def _counts(offsets: torch.Tensor) -> torch.Tensor:
 
 
 TENSORS = tuple(
-    f for f in SqueezedLayer._fields if f not in ("shared", "scale", "threshold", "coarse_threshold")
+    f
+    for f in SqueezedLayer._fields
+    if f not in ("shared", "scale", "threshold", "coarse_threshold")
 )
 PARAMETERS = tuple(f.name for f in fields(Parameters))

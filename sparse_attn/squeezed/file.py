@@ -34,7 +34,11 @@ def _safetensors() -> Any:
 
 
 def _checksum(x: torch.Tensor) -> int:
-    flat = x.contiguous().view(torch.uint8).flatten() if x.numel() else x.new_empty(0, dtype=torch.uint8)
+    flat = (
+        x.contiguous().view(torch.uint8).flatten()
+        if x.numel()
+        else x.new_empty(0, dtype=torch.uint8)
+    )
     return zlib.crc32(memoryview(flat.numpy()))
 
 

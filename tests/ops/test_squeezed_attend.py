@@ -30,7 +30,9 @@ def attend_inputs(shape, Hi, tail, share=0.5, C=1, dtype=torch.float32, spread=1
 
 
 def in_float64(args):
-    return [x.double() if isinstance(x, torch.Tensor) and x.is_floating_point() else x for x in args]
+    return [
+        x.double() if isinstance(x, torch.Tensor) and x.is_floating_point() else x for x in args
+    ]
 
 
 def assert_accurate(run, args):
@@ -48,6 +50,15 @@ def assert_accurate(run, args):
     if seen.any():
         assert_as_accurate(lse[seen], exact_lse[seen], dense_lse[seen], 2e-6)
     return out, lse
+
+
+def assert_same(run, got, want):
+    """The same call in other shapes: the same bits in C++, elsewhere but for the order of sums."""
+    if run[0] == "cpp":
+        assert torch.equal(got, want)
+    else:
+        tolerance = 1e-5 + 2 * torch.finfo(got.dtype).eps
+        torch.testing.assert_close(got, want, rtol=tolerance, atol=tolerance)
 
 
 def dense_in(dtype, args, dense):
@@ -143,7 +154,7 @@ def test_heads_that_keep_nothing_and_everything(run, Tq):
     out, _ = assert_accurate(run, args)
     alone = [x[:, :1] for x in args[:8]]
     alone[1:3] = [x[:, :, :1] for x in alone[1:3]]
-    assert torch.equal(call(op, run, *alone)[0][0, 0], out[0, 0])
+    assert_same(run, call(op, run, *alone)[0][0, 0], out[0, 0])
 
 
 @pytest.mark.parametrize("run", RUNS, ids=str)
@@ -178,7 +189,8 @@ def test_tail_that_is_not_there_is_not_read(run, Tq):
         cut = [args[0][b : b + 1], *args[1:3], *(x[b : b + 1, :, :n] for x in args[3:5])]
         cut += [x[b : b + 1] for x in args[5:8]]
         alone, alone_lse = call(op, run, *cut)
-        assert torch.equal(alone[0], out[b]) and torch.equal(alone_lse[0], lse[b])
+        assert_same(run, alone[0], out[b])
+        assert_same(run, alone_lse[0], lse[b])
 
 
 @pytest.mark.parametrize("run", RUNS, ids=str)
@@ -191,7 +203,7 @@ def test_batches_strides_and_repeats(run):
     assert torch.equal(out, again[0]) and torch.equal(lse, again[1])
     wide = [x.contiguous() for x in args[:5]]
     wide[1:3] = [x.repeat(3, 1, 1, 1) for x in wide[1:3]]
-    assert torch.equal(call(op, run, *wide, *args[5:])[0], out)
+    assert_same(run, call(op, run, *wide, *args[5:])[0], out)
 
 
 @pytest.mark.parametrize("threads", [1, 3])
@@ -243,7 +255,13 @@ def test_bad_input(backend, at, change, message):
 @pytest.mark.parametrize("backend", sorted({run[0] for run in RUNS} & {"cpp", "reference"}))
 @pytest.mark.parametrize(
     "at, value, message",
-    [(7, -1, "counts"), (7, 1000, "counts"), (5, 60, "starts"), (5, -1, "starts"), (6, 71, "starts")],
+    [
+        (7, -1, "counts"),
+        (7, 1000, "counts"),
+        (5, 60, "starts"),
+        (5, -1, "starts"),
+        (6, 71, "starts"),
+    ],
 )
 def test_illegal_runs_are_refused_on_the_cpu(backend, at, value, message):
     args = attend_inputs(Shape(), 2, 9, share=0.5)

@@ -37,7 +37,9 @@ def mask_of(run, args):
     n = int(offsets[..., -1].max())
     check_runs(starts, sums, counts, n)
     later = torch.arange(1, starts.shape[-1]) < counts[..., None]
-    gap = starts[..., 1:] - starts[..., :-1] - sums.diff(dim=-1, prepend=sums[..., :1] * 0)[..., :-1]
+    gap = (
+        starts[..., 1:] - starts[..., :-1] - sums.diff(dim=-1, prepend=sums[..., :1] * 0)[..., :-1]
+    )
     assert (gap[later] > 0).all(), "runs that touch are one"
     mask = token_mask(starts, sums, counts, n)
     assert torch.equal(mask.sum(-1, dtype=torch.int32), tokens)
@@ -66,7 +68,9 @@ def test_equals_the_recorded_masks(run, case):
     assert want[:, n:].all()  # the window, which the lookup knows nothing of
 
 
-@pytest.mark.parametrize("case", RECORDED[:12] + RECORDED[-2:], ids=lambda c: "-".join(map(str, c[1:])))
+@pytest.mark.parametrize(
+    "case", RECORDED[:12] + RECORDED[-2:], ids=lambda c: "-".join(map(str, c[1:]))
+)
 def test_reference_scores_are_the_recorded_ones(case):
     file, prefix, layer, mode, quantile = case
     args, _ = recorded_lookup(*case, torch.float32)
