@@ -1,6 +1,7 @@
-"""`python -m bench aot [--quick] [--json]`: compiles the Triton kernels for GPUs that are not here.
+"""`python -m bench aot [--quick] [--json] [--only TEXT]`: compiles for GPUs that are not here.
 
-Without options it also writes bench/results/aot.json, from which docs/gpu.md is made.
+Without --quick and --json it also writes bench/results/aot.json, from which docs/gpu.md is made;
+with --only, the rows of the cases whose names contain TEXT, and leaves the others as they are.
 Each case runs an operator's launcher on fake CUDA tensors; what it would launch is compiled. The
 table shows registers and spilled bytes per thread and shared memory per block; the command fails
 where one is over its bound.
@@ -94,6 +95,48 @@ def flex_prefill(dtype: str, head_dim: int, block: int = 128, gamma: float = 0.9
     run(query, key, gamma, block_size=block)
 
 
+def squeezed_lookup(dtype: str, head_dim: int, n_queries: int) -> None:
+    from sparse_attn.triton_kernels.squeezed_lookup import squeezed_lookup as run
+
+    def level(clusters: int) -> tuple[torch.Tensor, ...]:
+        return (
+            torch.empty(1, 2, clusters, head_dim, dtype=DTYPES[dtype], device="cuda"),
+            torch.empty(1, 2, clusters, device="cuda"),
+            torch.empty(1, 2, clusters + 1, dtype=torch.int32, device="cuda"),
+            torch.empty((), device="cuda"),
+        )
+
+    query = torch.empty(1, 8, n_queries, head_dim, dtype=DTYPES[dtype], device="cuda")
+    run(query, *level(6500), *level(1300))
+
+
+def squeezed_attend(dtype: str, head_dim: int, n_queries: int, value_dim: int = 0) -> None:
+    from sparse_attn.triton_kernels.squeezed_attend import squeezed_attend as run
+
+    def keys(*tokens: int) -> list[torch.Tensor]:
+        return [
+            torch.empty(1, 2, n, d, dtype=DTYPES[dtype], device="cuda")
+            for n in tokens
+            for d in (head_dim, value_dim or head_dim)
+        ]
+
+    query = torch.empty(1, 8, n_queries, head_dim, dtype=DTYPES[dtype], device="cuda")
+    starts = torch.empty(1, 2, 3250, dtype=torch.int32, device="cuda")
+    counts = torch.empty(1, 2, dtype=torch.int32, device="cuda")
+    lengths = torch.empty(1, dtype=torch.int32, device="cuda")
+    run(query, *keys(131072, 1200), starts, starts, counts, lengths)
+
+
+def squeezed_cases(quick: bool) -> dict[str, tuple[Any, ...]]:
+    found: dict[str, tuple[Any, ...]] = {}
+    for dtype in ("bf16",) if quick else ("bf16", "f32"):
+        for d in (128,) if quick else (64, 128, 256):
+            for call, n_queries in (("", 1024), (", decode", 1)):
+                found[f"squeezed lookup{call} {dtype} {d}"] = (squeezed_lookup, dtype, d, n_queries)
+                found[f"squeezed attend{call} {dtype} {d}"] = (squeezed_attend, dtype, d, n_queries)
+    return found
+
+
 def cases(quick: bool) -> dict[str, tuple[Any, ...]]:
     """Name -> (function, its arguments): every row of the configuration table, every code path."""
     found: dict[str, tuple[Any, ...]] = {
@@ -120,7 +163,7 @@ def cases(quick: bool) -> dict[str, tuple[Any, ...]]:
         found["select bf16 128, blocks of 64"] = (flex_prefill, "bf16", 128, 64)
         found["prefill bf16 96"] = (attention, "bf16", 96, 4096)
         found["prefill bf16 192, values 128"] = (attention, "bf16", 192, 4096, 128, 128, False, 128)
-    return found
+    return found | squeezed_cases(quick)
 
 
 def specialise(kernel: Any, args: tuple[Any, ...], options: dict[str, Any]) -> tuple[Any, ...]:
@@ -219,10 +262,18 @@ def compile_case(name: str, arch: str, quick: bool) -> list[Row]:
     return rows
 
 
-def table(quick: bool, processes: int) -> list[Row]:
-    jobs = [(name, arch, quick) for name in cases(quick) for arch in SHARED_LIMIT]
+def table(quick: bool, processes: int, only: str = "") -> list[Row]:
+    names = [name for name in cases(quick) if only in name]
+    jobs = [(name, arch, quick) for name in names for arch in SHARED_LIMIT]
     with ProcessPoolExecutor(processes) as pool:
         return [row for rows in pool.map(compile_case, *zip(*jobs, strict=True)) for row in rows]
+
+
+def merged(rows: list[Row], committed: list[Row]) -> list[Row]:
+    """The committed table with new rows of some cases, in the order of the cases."""
+    renewed, order = {row.case for row in rows}, list(cases(quick=False))
+    kept = [row for row in committed if row.case in order and row.case not in renewed]
+    return sorted([*kept, *rows], key=lambda row: order.index(row.case))
 
 
 def over_limits(rows: list[Row]) -> list[str]:
@@ -252,11 +303,17 @@ def markdown(rows: list[Row]) -> str:
 def main(arguments: list[str]) -> None:
     if os.environ.get("TRITON_INTERPRET") == "1":
         raise SystemExit("TRITON_INTERPRET=1: the interpreter compiles nothing, unset it")
-    rows = table("--quick" in arguments, os.cpu_count() or 1)
-    as_json = "[\n" + ",\n".join(json.dumps(asdict(row)) for row in rows) + "\n]\n"
-    print(as_json if "--json" in arguments else markdown(rows))
-    if not arguments:
-        (Path(__file__).parent / "results" / "aot.json").write_text(as_json)
+    only = arguments[arguments.index("--only") + 1] if "--only" in arguments else ""
+    rows = table("--quick" in arguments, os.cpu_count() or 1, only)
+
+    def as_json(rows: list[Row]) -> str:
+        return "[\n" + ",\n".join(json.dumps(asdict(row)) for row in rows) + "\n]\n"
+
+    print(as_json(rows) if "--json" in arguments else markdown(rows))
+    if not {"--quick", "--json"} & set(arguments):
+        file = Path(__file__).parent / "results" / "aot.json"
+        committed = [Row(**row) for row in json.loads(file.read_text())] if only else []
+        file.write_text(as_json(merged(rows, committed)))
     wrong = over_limits(rows)
     if wrong:
         raise SystemExit("over the limits:\n" + "\n".join(wrong))

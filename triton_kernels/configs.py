@@ -160,9 +160,7 @@ LOOKUP_ROWS = 16  # queries up to which `squeezed_lookup` keeps every score
 
 
 @cache
-def lookup_tile(
-    dtype: torch.dtype, head_dim: int, group: int, n_queries: int
-) -> AttentionTile:
+def lookup_tile(dtype: torch.dtype, head_dim: int, group: int, n_queries: int) -> AttentionTile:
     """The tile of `squeezed_lookup`: all heads of a group, or many queries of one head."""
     half = dtype.itemsize == 2
     queries = query_rows(n_queries, LOOKUP_ROWS) if n_queries <= LOOKUP_ROWS else 64 if half else 32

@@ -78,11 +78,7 @@ def _program_of(unit, total, programs):
     return ((unit + 1) * programs + total - 1) // total - 1
 
 
-@triton.jit(
-    do_not_specialize=[
-        "Tq", "Sc", "N", "lists", "capacity", "query_tiles", "items", "Hkv",
-    ]
-)  # fmt: skip
+@triton.jit(do_not_specialize=["Tq", "Sc", "N", "Hkv", "lists", "capacity", "query_tiles", "items"])
 def squeezed_attend_kernel(
     query, key, value, tail_key, tail_value, listed, sums, counts, tail_lengths,
     out, lse, parts, part_lse, split,

@@ -48,7 +48,8 @@ def _log_sum(p_top, p_total, splits, SPLITS: tl.constexpr):
     b_top = tl.load(p_top + o_s, mask=o_s < splits, other=-float("inf"))
     b_total = tl.load(p_total + o_s, mask=o_s < splits, other=0.0)
     top = tl.max(b_top)
-    return top + tl.log2(tl.sum(b_total * tl.exp2(b_top - tl.where(top == -float("inf"), 0.0, top))))
+    ref = tl.where(top == -float("inf"), 0.0, top)
+    return top + tl.log2(tl.sum(b_total * tl.exp2(b_top - ref)))
 
 
 @triton.jit
@@ -58,11 +59,7 @@ def _probability(b_s, b_log_sum):
 
 
 # lengths vary from call to call: only strides of queries and centroids are worth compiling for
-@triton.jit(
-    do_not_specialize=[
-        "Tq", "K", "Hkv", "splits", "query_tiles", "n_b", "n_h",
-    ]
-)  # fmt: skip
+@triton.jit(do_not_specialize=["Tq", "K", "Hkv", "splits", "query_tiles", "n_b", "n_h"])
 def cluster_scores_kernel(
     query, centroids, log_counts, alive, scores, top, total,
     Tq, K, Hkv, splits, query_tiles, scale,
@@ -90,8 +87,12 @@ def cluster_scores_kernel(
     b_q = _load_rows(query + i_batch * q_b, o_q, 1, m_m, True, D, BLOCK_D)  # [BLOCK_M, BLOCK_D]
     centroids += i_batch * c_b + i_kv.to(tl.int64) * c_h
     log_counts += i_batch * n_b + i_kv.to(tl.int64) * n_h
-    o_choice = (i_batch * Hkv + i_kv) * CHOICES + tl.minimum(o_head, G - 1) // (G // CHOICES)
-    p_alive = alive + o_choice.to(tl.int64) * K
+    ONE_CHOICE: tl.constexpr = HEADS == 1 or CHOICES == 1
+    if ONE_CHOICE:
+        p_alive = alive + ((i_batch * Hkv + i_kv) * CHOICES + i_head // (G // CHOICES)) * K
+    else:
+        o_choice = (i_batch * Hkv + i_kv) * CHOICES + tl.minimum(o_head, G - 1)
+        p_alive = alive + o_choice.to(tl.int64) * K
     o_row = ((i_batch * Hkv + i_kv) * G + o_head).to(tl.int64) * Tq + o_query
     if MODE == SUM:
         p = o_row * splits
@@ -104,8 +105,10 @@ def cluster_scores_kernel(
         m_n = o_n < K
         b_w = tl.load(log_counts + o_n, mask=m_n, other=-float("inf")) * LOG2_E
         m_n = b_w != -float("inf")
+        if ALIVE and ONE_CHOICE:
+            m_n = m_n & (tl.load(p_alive + o_n, mask=m_n, other=0) > 0)
         m_mn = m_m[:, None] & m_n[None, :]
-        if ALIVE:
+        if ALIVE and not ONE_CHOICE:
             m_mn = m_mn & (tl.load(p_alive[:, None] + o_n[None, :], mask=m_mn, other=0) > 0)
             m_n = tl.max(m_mn.to(tl.int32), 0) > 0
         b_c = _load_rows(centroids, o_n, c_t, m_n, True, D, BLOCK_D)  # [BLOCK_N, BLOCK_D]
@@ -204,13 +207,15 @@ def list_runs_kernel(
     i_choice = tl.program_id(0).to(tl.int64)
     i_kv, i_batch = i_choice // CHOICES % Hkv, i_choice // CHOICES // Hkv
     p_offsets = offsets + i_batch * o_b + i_kv * o_h
-    p_flags, p_starts, p_sums = flags + i_choice * K, starts + i_choice * capacity, sums + i_choice * capacity
+    p_flags = flags + i_choice * K
+    p_starts, p_sums = starts + i_choice * capacity, sums + i_choice * capacity
     o_c = tl.arange(0, CHUNK)
     n_runs, n_tokens, last = 0, 0, -1
     for start in range(0, K, CHUNK):
         o = start + o_c
         m = o < K
-        before, begin = tl.load(p_offsets + o - 1, mask=m & (o > 0), other=0), tl.load(p_offsets + o, mask=m, other=0)
+        before = tl.load(p_offsets + o - 1, mask=m & (o > 0), other=0)
+        begin = tl.load(p_offsets + o, mask=m, other=0)
         size = tl.load(p_offsets + o + 1, mask=m, other=0) - begin
         kept = (tl.load(p_flags + o, mask=m, other=0) > 0) & m & (size > 0)
         # the last cluster before this one that is not empty: twice its number, plus 1 if kept

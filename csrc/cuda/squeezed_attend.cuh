@@ -198,7 +198,7 @@ __device__ __forceinline__ void attend_to_rows(const SqueezedAttendCudaParams& p
 }
 
 template <class T, int kDim, int kRows>
-__global__ void __launch_bounds__(AttentionConfig<T, kDim, kRows>::kThreads)
+__global__ void __launch_bounds__(AttentionConfig<T, kDim, kRows>::kThreads, 1)
     squeezed_attend_kernel(const __grid_constant__ SqueezedAttendCudaParams p) {
   using C = AttentionConfig<T, kDim, kRows>;
   SA_SHARED_MEMORY(memory);

@@ -14,7 +14,7 @@ template <class T>
 void run(const SqueezedLookupCudaParams& p, const SqueezedLookupPlan& plan, cudaStream_t stream) {
   each_squeezed_lookup_launch(
       p, plan,
-      [&]<int kDim, int kRows, LookupMode kMode>(const LaunchPlan& how,
+      [&]<int kDim, int kRows, int kMode>(const LaunchPlan& how,
                                                  const SqueezedLookupCudaParams& level) {
         launch(cluster_scores_kernel<T, kDim, kRows, kMode>, how, stream, level);
       },

@@ -9,7 +9,7 @@ constexpr int kLookupRing = 4;   // tiles of clusters whose weights are held
 constexpr int kChooseClustersThreads = 512;
 constexpr int kChooseClustersBytes = 512;  // shared memory, without the rows' sums
 
-enum class LookupMode { keep, extent, sum };  // what becomes of scores
+enum LookupMode : int { kKeepScores, kFindExtents, kSumProbabilities };
 
 // Scratch memory of one level of clusters. `row`: K rounded up to tiles of clusters.
 struct SqueezedLookupScratch {

@@ -90,11 +90,11 @@ void each_squeezed_lookup_launch(const SqueezedLookupCudaParams& params,
     const LaunchPlan& launch = level == 0 ? plan.fine_scores : plan.coarse_scores;
     const auto with_dim = [&]<int kDim>() {
       if (plan.keep != 0) {
-        scores.template operator()<kDim, kLookupRows, LookupMode::keep>(launch, p);
+        scores.template operator()<kDim, kLookupRows, kKeepScores>(launch, p);
       } else {
         constexpr int kRows = kDim <= 128 ? 128 : 64;
-        scores.template operator()<kDim, kRows, LookupMode::extent>(launch, p);
-        scores.template operator()<kDim, kRows, LookupMode::sum>(launch, p);
+        scores.template operator()<kDim, kRows, kFindExtents>(launch, p);
+        scores.template operator()<kDim, kRows, kSumProbabilities>(launch, p);
       }
     };
     switch (plan.dim) {

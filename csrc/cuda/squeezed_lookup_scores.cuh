@@ -197,11 +197,11 @@ __device__ __forceinline__ float log_sum_of_row(const SqueezedLookupScratch& scr
   return all.log_sum();
 }
 
-template <class T, int kDim, int kRows, LookupMode kMode>
+template <class T, int kDim, int kRows, int kMode>
 __global__ void __launch_bounds__(AttentionConfig<T, kDim, kRows>::kThreads)
     cluster_scores_kernel(const __grid_constant__ SqueezedLookupCudaParams p) {
   using C = AttentionConfig<T, kDim, kRows>;
-  static_assert(C::kKeyWarps == 1 || kMode == LookupMode::keep);
+  static_assert(C::kKeyWarps == 1 || kMode == kKeepScores);
   SA_SHARED_MEMORY(memory);
   const SqueezedLookupScratch& scratch = scratch_of(p);
   const int sets = p.at_coarse ? 1 : p.sets;
@@ -238,12 +238,12 @@ __global__ void __launch_bounds__(AttentionConfig<T, kDim, kRows>::kThreads)
   each_row<C>(first_row, [&](int row, int m, int h) {
     index[m][h] = rows.has(row) ? index_of_row(p, rows, row) : -1;
     set[m][h] = sets == 1 ? 0 : row / rows.queries;
-    if (kMode == LookupMode::sum && rows.has(row))
+    if (kMode == kSumProbabilities && rows.has(row))
       log_sums[m][h] = log_sum_of_row(scratch, index[m][h]);
   });
   // the sums of a tile, once all warps have left it
   const auto store_columns = [&](int tile) {
-    if (kMode != LookupMode::sum || thread >= C::kKeys) return;
+    if (kMode != kSumProbabilities || thread >= C::kKeys) return;
     const float* const from = columns + (tile & 1) * 4 * C::kKeys + thread;
     const int64_t part =
         (rows.batch * p.call.Hq + rows.first_head) * p.query_tiles + rows.query_block;
@@ -257,7 +257,7 @@ __global__ void __launch_bounds__(AttentionConfig<T, kDim, kRows>::kThreads)
     if (tile > tiles.begin) store_columns(tile - 1);
     typename C::Scores scores;
     multiply_query_key<C>(scores, query, tiles.slot(tile), first_row, first_key);
-    if constexpr (kMode == LookupMode::sum) {
+    if constexpr (kMode == kSumProbabilities) {
       float sums[C::kKeyTiles][2] = {};
       each_score<C>(scores, scale, first_key, [&](int m, int h, int n, int i, int column, float a) {
         if (index[m][h] >= 0 && tiles.weights_of(tile, 0)[column] > -kInfinity)
@@ -274,7 +274,7 @@ __global__ void __launch_bounds__(AttentionConfig<T, kDim, kRows>::kThreads)
     } else {
       each_score<C>(scores, scale, first_key, [&](int m, int h, int, int, int column, float a) {
         if (index[m][h] < 0) return;
-        if (kMode == LookupMode::keep)
+        if (kMode == kKeepScores)
           scratch.scores[index[m][h] * scratch.row + tile * C::kKeys + column] = a;
         const float weight = tiles.weights_of(tile, set[m][h])[column];
         if (weight > -kInfinity) extent[m][h].add(a + weight);
@@ -282,7 +282,7 @@ __global__ void __launch_bounds__(AttentionConfig<T, kDim, kRows>::kThreads)
     }
     tiles.find(tile + 3);
   }
-  if constexpr (kMode == LookupMode::sum) {
+  if constexpr (kMode == kSumProbabilities) {
     __syncthreads();
     if (tiles.begin < tiles.end) store_columns(tiles.end - 1);
   } else {

@@ -13,6 +13,7 @@ from .block_sparse_attention import DIMS, STAGES
 from .launch import DeviceLimits, DType, Float, Int32, Int64, LaunchPlan, Pointer, Strides
 
 # csrc/cuda/squeezed_lookup_params.h
+KEEP_SCORES, FIND_EXTENTS, SUM_PROBABILITIES = range(3)
 ROWS, RING, CHOOSE_THREADS, CHOOSE_BYTES, MOST_SPLITS = 16, 4, 512, 512, 128
 Pair = Int64 * 2
 
@@ -80,7 +81,8 @@ def _level(centroids, log_counts, offsets, threshold) -> Level:
 
 
 def params(query, centroids, log_counts, offsets, threshold, coarse_centroids, coarse_log_counts,
-           children, coarse_threshold, shared, scale, starts, sums, counts, tokens) -> Params:  # fmt: skip
+           children, coarse_threshold, shared, scale, starts, sums, counts,
+           tokens) -> Params:  # fmt: skip
     p = Params()
     c = p.call
     c.query, c.query_stride = query.data_ptr(), launch.strides(query)
@@ -174,11 +176,11 @@ def squeezed_lookup(*args):
     scratch = torch.empty(place(p, found, 0), dtype=torch.uint8, device=device)
     place(p, found, scratch.data_ptr())
     t = launch.NAMES[p.call.dtype]
-    modes = ("keep",) if found.keep else ("extent", "sum")
+    modes = (KEEP_SCORES,) if found.keep else (FIND_EXTENTS, SUM_PROBABILITIES)
     for p.at_coarse in reversed(range(found.levels)):
         how = found.coarse_scores if p.at_coarse else found.fine_scores
         for mode in modes:
-            name = f"{t}, {found.dim}, {found.rows}, sparse_attn::LookupMode::{mode}"
+            name = f"{t}, {found.dim}, {found.rows}, {mode}"
             launch.run(op.name, f"cluster_scores_kernel<{name}>", how, p, device)
         launch.run(op.name, "choose_clusters_kernel", found.choose, p, device)
     return results

@@ -52,7 +52,7 @@ void run_as(const simt::Arguments& given) {
   place_squeezed_lookup_buffers(params_, plan, a.pointer<char>("workspace"));
   each_squeezed_lookup_launch(
       params_, plan,
-      [&]<int kDim, int kRows, LookupMode kMode>(const LaunchPlan& how,
+      [&]<int kDim, int kRows, int kMode>(const LaunchPlan& how,
                                                  const SqueezedLookupCudaParams& p) {
         launch<cluster_scores_kernel<T, kDim, kRows, kMode>>(a, how, p);
       },
