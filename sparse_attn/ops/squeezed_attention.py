@@ -39,14 +39,18 @@ def _(query, key, value, tail_key, tail_value, centroids, *rest):
 
 def _run(backend, query, key, value, tail_key, tail_value, centroids, *rest):
     *level, shared, tail_lengths, scale = rest
-    starts, sums, counts, tokens = lookup(
-        query, centroids, *level, shared, scale, backend=backend
-    )  # fmt: skip
-    out, lse = attend(
-        query, key, value, tail_key, tail_value, starts, sums, counts, tail_lengths, scale,
-        backend=backend,
-    )  # fmt: skip
+    # their overloads themselves: what this operator has checked is not checked again, which would
+    # cost a decoding step a tenth of its time
+    look_up, attend_to = (_overload(op, backend) for op in (lookup, attend))
+    starts, sums, counts, tokens = look_up(query, centroids, *level, shared, scale)
+    out, lse = attend_to(
+        query, key, value, tail_key, tail_value, starts, sums, counts, tail_lengths, scale
+    )
     return out, lse, tokens
+
+
+def _overload(op, backend):
+    return next(row.overload for row in op.impls if row.backend == backend)
 
 
 def _parts_serve(backend):

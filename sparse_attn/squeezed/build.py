@@ -12,6 +12,9 @@ from ..ops import _checks as check
 from ..reference.squeezed_lookup import cluster_scores
 from .kmeans import kmeans, segmented, split_giants, sums_by_label
 
+GROUP = 16  # clusters, on average, that stand together
+ORDER_ROUNDS = 5  # of the K-means that finds them
+
 if TYPE_CHECKING:
     from .context import Parameters, SqueezedLayer
 
@@ -90,7 +93,9 @@ def build_layer(
     sums, counts = sums_by_label(raw, labels, k)
     means = sums / counts.clamp(min=1)[..., None]
     coarse: dict[str, torch.Tensor] = {}
-    if p.coarse is not None:
+    if p.coarse is None:
+        means, counts, labels = _reorder(_similar_together(means, generator), means, counts, labels)
+    else:
         means, counts, labels, coarse = _two_levels(means, counts, labels, n, p, generator)
     order = labels.argsort(dim=-1, stable=True)
     offsets = F.pad(counts.cumsum(-1), (1, 0)).int()[None]
@@ -123,6 +128,27 @@ def build_layer(
     )
 
 
+def _similar_together(means: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """An order of the clusters [H, K] in which similar ones stand together: groups of groups.
+
+    What a query keeps then lies in fewer, longer runs, which memory delivers faster.
+    """
+    x = F.normalize(means, dim=-1)
+    groups = max(1, x.shape[1] // GROUP)
+    group = kmeans(x, groups, ORDER_ROUNDS, generator)
+    sums, _ = sums_by_label(x, group, groups)
+    above = kmeans(F.normalize(sums, dim=-1), max(1, groups // GROUP), ORDER_ROUNDS, generator)
+    return (above.gather(1, group) * groups + group).argsort(dim=-1, stable=True)
+
+
+def _reorder(
+    order: torch.Tensor, means: torch.Tensor, counts: torch.Tensor, labels: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Clusters in another order: [H, K, D], [H, K] and the labels of the keys [H, N]."""
+    means = means.gather(1, order[..., None].expand_as(means))
+    return means, counts.gather(1, order), order.argsort(dim=-1).gather(1, labels)
+
+
 def _two_levels(
     means: torch.Tensor,
     counts: torch.Tensor,
@@ -140,12 +166,8 @@ def _two_levels(
     label = kmeans(F.normalize(means, dim=-1), parents, p.iterations, generator)
     parents = min(parents, means.shape[1])
     by_parent = label.argsort(dim=-1, stable=True)
-    means, counts = (
-        means.gather(1, by_parent[..., None].expand_as(means)),
-        counts.gather(1, by_parent),
-    )
     label = label.gather(1, by_parent)
-    labels = by_parent.argsort(-1).gather(1, labels)  # the new number of each key's cluster
+    means, counts, labels = _reorder(by_parent, means, counts, labels)
     filled = (counts > 0).to(means.dtype)
     heads = torch.arange(len(means), device=means.device)[:, None]
     place = (label + parents * heads).flatten()
