@@ -10,7 +10,10 @@ from sparse_attn.ops.block_sparse_attention_backward import op as gradient
 from sparse_attn.ops.flex_prefill_attention import op as flex_prefill
 from sparse_attn.ops.flex_prefill_select import op as select
 from sparse_attn.ops.merge_attention_states import op as merge
+from sparse_attn.ops.squeezed_attention import op as squeezed
+from sparse_attn.ops.squeezed_lookup import op as lookup
 from tests.cases import Shape, index, inputs
+from tests.squeezed_cases import Case, lookup_inputs
 
 pytestmark = pytest.mark.gpu
 
@@ -58,6 +61,22 @@ def merge_call():
     return merge, [torch.randn(2, 8, 100, 128), lse, torch.randn(2, 8, 100, 128), lse + 1], {}
 
 
+def squeezed_call(whole, **case):
+    def make():
+        args = lookup_inputs(Case(B=2, Hq=8, K=700, K1=90, D=128, **case), torch.bfloat16)
+        if not whole:
+            return lookup, args, {}
+        *level, shared, scale = args[1:]
+        n = int(level[2].max())
+        keys = [
+            torch.randn(b, 2, m, 128).bfloat16() for b, m in ((1, n), (1, n), (2, 300), (2, 300))
+        ]
+        lengths = torch.tensor([200, 300], dtype=torch.int32)
+        return squeezed, [args[0], *keys, *level, shared, lengths, scale], {}
+
+    return make
+
+
 CALLS = {
     "prefill": attention_call(64, 2000),
     "prefill with sink and window": attention_call(64, 2000, sink=100, window=300),
@@ -67,6 +86,10 @@ CALLS = {
     "select": select_call,
     "flex_prefill_attention": whole_call,
     "merge": merge_call,
+    "squeezed lookup, decode": squeezed_call(False, Tq=1),
+    "squeezed lookup": squeezed_call(False, Tq=150, shared=True),
+    "squeezed_attention, decode": squeezed_call(True, Tq=1, shared=True),
+    "squeezed_attention": squeezed_call(True, Tq=150),
 }
 
 
