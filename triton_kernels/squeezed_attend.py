@@ -242,19 +242,16 @@ def squeezed_attend(
     batch, heads, n_queries, head_dim = query.shape
     kv_heads, n_tokens, value_dim = value.shape[1:]
     lists, capacity = starts.shape[1:]
-    group, n_tail = heads // kv_heads, tail_key.shape[2]
+    n_tail = tail_key.shape[2]
     scale = 1 / math.sqrt(head_dim) if scale is None else scale
-    tile = configs.attention_tile(
-        launch.arch_of(query), query.dtype, head_dim, value_dim, group, heads // lists,
-        configs.query_rows(n_queries, 128), 1,
+    tile = configs.squeezed_tile(
+        launch.arch_of(query), query.dtype, head_dim, value_dim, heads // lists, n_queries
     )  # fmt: skip
-    wanted = ("G", "LIST_HEADS", "HEADS", "QUERIES", "D", "DV", "BLOCK_M", "BLOCK_N", "BLOCK_D",
-              "BLOCK_DV", "num_warps", "num_stages")  # fmt: skip
-    options = {name: tile.options[name] for name in wanted}
+    options = tile.options
     block_m, block_n = options["BLOCK_M"], options["BLOCK_N"]
     unit = triton.cdiv(UNIT_KEYS, block_n)
     query_tiles = triton.cdiv(n_queries, options["QUERIES"])
-    items = batch * lists * query_tiles * triton.cdiv(options["LIST_HEADS"], options["HEADS"])
+    items = batch * lists * query_tiles * tile.per_block
     most = triton.cdiv(triton.cdiv(n_tokens, block_n) + triton.cdiv(n_tail, block_n), unit)
     resident = 2 if block_m < 128 else 1
     programs = min(resident * launch.processors(query), items * most)
@@ -281,11 +278,12 @@ def squeezed_attend(
         n_queries, n_tokens, n_tail, kv_heads, lists, capacity, query_tiles, items,
         max(abs(scale), 1e-30) * LOG2_E.value, *query.stride()[:3], k_b, *key.stride()[1:3],
         v_b, *value.stride()[1:3], *tail_key.stride()[:3], *tail_value.stride()[:3],
-        UNIT=unit, LENGTHS=tail_lengths is not None, NEGATE=scale < 0, **options,
+        G=heads // kv_heads, UNIT=unit, LENGTHS=tail_lengths is not None, NEGATE=scale < 0,
+        **options,
     )  # fmt: skip
     launch.run(
         join_units_kernel, programs * block_m,
         parts, part_lse, split, out, lse, n_queries, heads, query_tiles, BLOCK_P=16,
-        **{name: options[name] for name in wanted[1:4] + wanted[5:7] + ("BLOCK_DV",)},
+        **{k: options[k] for k in ("LIST_HEADS", "HEADS", "QUERIES", "DV", "BLOCK_M", "BLOCK_DV")},
     )  # fmt: skip
     return out, lse
