@@ -8,6 +8,7 @@ model.generate(ids_and_question, past_key_values=cache)
 from __future__ import annotations
 
 import inspect
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -263,6 +264,7 @@ def no_mask(
 def prepare(
     model: torch.nn.Module,
     ids: torch.Tensor,
+    /,
     *,
     chunk: int = 4096,
     progress: bool = True,
@@ -275,7 +277,8 @@ def prepare(
         ids: int64 [S] or [1, S].
         chunk: tokens per forward call.
         progress: show a bar.
-        parameters: fields of `sparse_attn.squeezed.context.Parameters`.
+        parameters: fields of `sparse_attn.squeezed.context.Parameters`; `model` is the name of
+            the model's folder where none is given.
     """
     ids = ids.reshape(1, -1).to(model.device)
     window = parameters.get("window", 100)
@@ -301,6 +304,7 @@ def prepare(
             decoder(model)(input_ids=part, use_cache=True, **{cache_argument(model): cache})
     finally:
         model.set_attn_implementation(before)
+    parameters.setdefault("model", Path(model.config.name_or_path).name)
     (scale,) = scales
     dim = cache.layers[0].keys.shape[3]
     if scale is not None and abs(scale - dim**-0.5) > 1e-6 * dim**-0.5:
