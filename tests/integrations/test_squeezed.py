@@ -10,6 +10,7 @@ pytest.importorskip("safetensors")
 integration = pytest.importorskip("sparse_attn.integrations.squeezed")
 
 import sparse_attn  # noqa: E402
+from sparse_attn.__main__ import main  # noqa: E402
 from sparse_attn.squeezed import SqueezedContext  # noqa: E402
 
 DEMO_MODEL = Path(__file__).parents[2] / "demo" / "model"
@@ -55,7 +56,7 @@ def test_threshold_0_generates_what_dense_attention_does(model, options, batch, 
     text = ids(batch, n_input)
     want = generate(model, text, None)
     assert len(want[0, -12:].unique()) > 3
-    context = prepared(model, text, sparsity=0.0, coarse_sparsity=0.0, clusters=0.1, **options)
+    context = prepared(model, text, sparsity=0.0, clusters=0.1, **options)
     assert model.config._attn_implementation == "sdpa"
     cache = sparse_attn.SqueezedCache(context, model)
     cache.check_ids(text)
@@ -162,3 +163,39 @@ def test_what_does_not_fit_is_said(model):
     half = model.to(torch.bfloat16)
     with pytest.raises(ValueError, match="the context is torch.float32 on cpu, the model"):
         generate(half, text, sparse_attn.SqueezedCache(context, half))
+
+
+def command(capsys, *words):
+    main(["squeeze", *map(str, words)])
+    return capsys.readouterr().out
+
+
+def test_command_line(tmp_path, capsys):
+    """Build, look, ask: on the demonstration model and a text of its own."""
+    text, file, figure = tmp_path / "text.py", tmp_path / "text.sf", tmp_path / "kept.png"
+    text.write_bytes(Path(sparse_attn.__file__).with_name("api.py").read_bytes()[:1000])
+    options = ("--text", text, "--length", 900, "--iterations", 3, "--coarse", 0.01)
+    assert "900 tokens in" in command(capsys, "build", file, *options)
+    shown = command(capsys, "info", file)
+    assert "length: 900" in shown and "coarse: 0.01" in shown and "model: model" in shown
+    asked = command(capsys, "run", file, "--text", text, "--tokens", 3, "--figure", figure)
+    assert "squeezed, " in asked and "dense, " in asked and "layer 3: input" in asked
+    assert figure.stat().st_size < 100_000
+    asked = command(capsys, "run", file, "--ask", "def ", "--tokens", 2, "--sparsity", 0)
+    assert "nominal 100%" in asked and "layer 0: input 100.0%, generated 100.0%" in asked
+
+
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        (("info", "nowhere"), "nowhere: no such file"),
+        (("run", "nowhere"), "nowhere: no such file"),
+        (("build", "x", "--model", "nowhere"), "no config.json in nowhere"),
+        (("build", "x", "--length", "300", "--sparsity", "1"), "sparsity: got 1.0"),
+    ],
+)
+def test_command_line_errors(tmp_path, monkeypatch, words, message):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit, match=message):
+        main(["squeeze", *words])
+    assert not list(tmp_path.iterdir())
