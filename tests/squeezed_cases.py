@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from sparse_attn.reference.squeezed_lookup import children_of, cluster_scores, keep
-from tests.cases import CUDA, RUNS
+from sparse_attn.reference.squeezed_lookup import children_of, cluster_scores, keep, runs_of
+from tests.cases import CUDA, RUNS, Shape, inputs
 
 ORACLES = Path(__file__).parent / "oracles" / "squeezed"
 
@@ -108,6 +108,20 @@ def in_float64(args):
     return [
         x.double() if isinstance(x, torch.Tensor) and x.is_floating_point() else x for x in args
     ]
+
+
+def attend_inputs(shape, Hi, tail, share=0.5, C=1, dtype=torch.float32, spread=1.0, mean=5):
+    """The arguments of squeezed_attend: Tk tokens in clusters of about `mean`, `tail` behind."""
+    query, key, value = inputs(shape, torch.float32, spread)
+    key, value = key[:C], value[:C]
+    _, tail_key, tail_value = inputs(Shape(**{**vars(shape), "Tk": max(1, tail)}), torch.float32)
+    tail_key, tail_value = tail_key[:, :, :tail], tail_value[:, :, :tail]
+    tensors = [x.to(dtype) for x in (query, key, value, tail_key, tail_value)]
+    K = max(1, shape.Tk // mean)
+    bounds = torch.randint(0, shape.Tk + 1, (C, shape.Hkv, K + 1)).sort(-1).values.int()
+    bounds[..., 0], bounds[..., -1] = 0, shape.Tk
+    kept = torch.rand(shape.B, Hi, K) < share
+    return [*tensors, *runs_of(kept, bounds)[:3], None, None]
 
 
 @cache

@@ -5,8 +5,15 @@ from contextlib import contextmanager
 import pytest
 import torch
 
-from sparse_attn.ops import block_sparse_attention, flex_prefill_select, merge_attention_states
+from sparse_attn.ops import (
+    block_sparse_attention,
+    flex_prefill_select,
+    merge_attention_states,
+    squeezed_attend,
+    squeezed_lookup,
+)
 from tests.cases import DTYPES, RUNS, Shape, call, index, inputs
+from tests.squeezed_cases import Case, attend_inputs, lookup_inputs, runs_for
 
 NEVER = torch.iinfo(torch.int32).max  # what poisons an int32
 SHAPES = [
@@ -46,3 +53,24 @@ def test_nothing_is_left_unwritten(run, shape):
         assert ((counts >= 0) & (counts <= indices.shape[-1])).all()
         places = torch.arange(indices.shape[-1]) < counts[..., None]
         assert (indices[places] < indices.shape[-1]).all()
+
+
+@pytest.mark.parametrize("run", runs_for(squeezed_attend.op), ids=str)
+def test_nothing_of_squeezed_attention_is_left_unwritten(run):
+    dtype = torch.bfloat16 if run[0] == "cuda" else torch.float32
+    shape = Shape(B=2, Hq=4, Hkv=2, Tq=3, Tk=300)
+    given = (
+        attend_inputs(shape, 4, 9, 0.3, dtype=dtype),
+        attend_inputs(shape, 2, 0, 0.0, dtype=dtype),
+    )
+    for case in (Case(B=2, K=61), Case(Tq=1, K1=5, quantile=1.0), Case(shared=True)):
+        looked = lookup_inputs(case, dtype)
+        with poisoned():
+            starts, sums, counts, tokens = call(squeezed_lookup.op, run, *looked)
+        after = torch.arange(starts.shape[-1]) >= counts[..., None]
+        assert (starts[after] == 0).all() and (sums[after] == 0).all()
+        assert ((tokens >= 0) & (tokens <= looked[3].max())).all()
+    for args in given:
+        with poisoned():
+            out, lse = call(squeezed_attend.op, run, *args)
+        assert not out.isnan().any() and not lse.isnan().any() and (lse < torch.inf).all()

@@ -90,7 +90,7 @@ class Parameters:
         window: last tokens of the context that stand in for the unknown queries and are always
             attended to (paper: 100), at least 1.
         sparsity: share of the clustered keys that the threshold drops for the calibration queries
-            (paper: 0.5, 0.7 or 0.9), 0 to below 1; 0 keeps everything.
+            (paper: 0.5, 0.7 or 0.9), 0 to below 1; 0 keeps everything, at both levels.
         coarse_sparsity: the same of the coarse level (official code: 0.5).
         shared: one choice per KV head, from the mean score of its query heads, instead of one per
             query head (paper, appendix on grouped queries).
@@ -204,7 +204,7 @@ class SqueezedContext:
         if chosen.coarse is not None:
             parents = [x.offsets.gather(-1, x.children.long()).diff(dim=-1)[0] for x in self.layers]
             scores = [x.coarse_scores for x in self.layers]
-            value = threshold_of(scores, parents, coarse, "coarse")
+            value = threshold_of(scores, parents, coarse if sparsity else 0, "coarse")
             found["coarse_threshold"] = torch.tensor(value, dtype=torch.float32)
         found = {name: x.to(self.layers[0].key.device) for name, x in found.items()}
         layers = tuple(x._replace(**found) for x in self.layers)
