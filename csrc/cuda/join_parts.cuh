@@ -26,7 +26,9 @@ struct JoinedRow {
   // In the order of the parts, by a whole warp: the same bits each time.
   __device__ void join(const Parts& parts, int row, int dims) {
     const int lane = threadIdx.x % 32;
-    const auto stat = [&](int i) { return parts.stats + parts.place(i) * parts.stat_step + 2 * row; };
+    const auto stat = [&](int i) {
+      return parts.stats + parts.place(i) * parts.stat_step + 2 * row;
+    };
     reference = -kInfinity;
     for (int i = lane; i < parts.n; i += 32) reference = fmaxf(reference, stat(i)[0]);
 #pragma unroll

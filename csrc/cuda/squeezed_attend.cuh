@@ -1,10 +1,10 @@
 // Attention over the kept runs of a clustered context and over a tail: one persistent kernel.
 //
-// The blocks of a fixed grid share the keys of all tiles of rows evenly (squeezed_attend_share.cuh).
-// A block goes through its share tile of rows by tile of rows; each is attended to as in
-// block_sparse_attention.cuh, whose steps these are. What it has all keys of is written at once;
-// what it shares with other blocks, at most two, it leaves as a part, and the last block to come
-// joins the parts in their order.
+// The blocks of a fixed grid share the keys of all tiles of rows evenly, see
+// squeezed_attend_share.cuh. A block goes through its share tile of rows by tile of rows; each is
+// attended to as in block_sparse_attention.cuh, whose steps these are. What it has all keys of is
+// written at once; what it shares with other blocks, at most two, it leaves as a part, and the last
+// block to come joins the parts in their order.
 #pragma once
 #include "block_sparse_attention.cuh"
 #include "squeezed_attend_share.cuh"
@@ -29,8 +29,8 @@ __device__ __forceinline__ void find_source(SharedRows& source, const RowTile& r
                                             const void* key, const int64_t (&key_stride)[3],
                                             const void* value, const int64_t (&value_stride)[3]) {
   const auto first = [&](const void* x, const int64_t(&stride)[3]) {
-    return reinterpret_cast<const unsigned char*>(static_cast<const T*>(x) +
-                                                  rows.batch * stride[0] + rows.kv_head * stride[1]);
+    const T* const row = static_cast<const T*>(x) + rows.batch * stride[0];
+    return reinterpret_cast<const unsigned char*>(row + rows.kv_head * stride[1]);
   };
   source.key = first(key, key_stride), source.value = first(value, value_stride);
   source.key_bytes = static_cast<int32_t>(sizeof(T) * key_stride[2]);

@@ -14,7 +14,7 @@ constexpr int kUnitKeys = 128;
 
 struct SqueezedAttendCudaParams {
   SqueezedAttendCall call;
-  int32_t queries, heads;  // of a tile of rows: their product is at most the rows of an AttentionTile
+  int32_t queries, heads;  // of a tile of rows: their product is at most those of AttentionTile
   int32_t query_tiles, head_tiles;  // of a list of runs
   int64_t items;                    // tiles of rows: B * Hd * head_tiles * query_tiles
   // What blocks found of tiles of rows that they share: of each block one that others began and one

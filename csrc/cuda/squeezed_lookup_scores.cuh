@@ -209,15 +209,15 @@ __global__ void __launch_bounds__(AttentionConfig<T, kDim, kRows>::kThreads)
   const typename C::Tile query{memory};
   unsigned char* const slots = memory + C::kQueryBytes;
   unsigned char* const after = slots + C::kStages * C::kSlotBytes;
-  auto* const columns = reinterpret_cast<float*>(after + tail.tokens_bytes() + tail.weights_bytes());
+  auto* const weights = reinterpret_cast<float*>(after + tail.tokens_bytes());
+  float* const columns = weights + tail.weights_bytes() / 4;
   auto& rows = *reinterpret_cast<RowTile*>(columns + tail.columns_bytes() / 4);
   static_assert(sizeof(RowTile) <= 64);
   if (threadIdx.x == 0) find_rows(rows, p, scratch.splits);
   __syncthreads();
   const int n_tiles = static_cast<int>(scratch.row) / C::kKeys;
   const ClusterTiles<C> tiles{
-      p, rows, slots, reinterpret_cast<int*>(after),
-      reinterpret_cast<float*>(after + tail.tokens_bytes()), sets,
+      p, rows, slots, reinterpret_cast<int*>(after), weights, sets,
       static_cast<int>(int64_t{n_tiles} * rows.split / scratch.splits),
       static_cast<int>(int64_t{n_tiles} * (rows.split + 1) / scratch.splits)};
   for (int i = 0; i < 3; ++i) tiles.find(tiles.begin + i);

@@ -19,8 +19,8 @@ SqueezedAttendCall call_of(const simt::Arguments& a) {
   strides(tail_key, c.tail_key_stride), strides(tail_value, c.tail_value_stride);
   if (key.sizes[0] == 1) c.key_stride[0] = c.value_stride[0] = 0;
   c.starts = a.pointer<int32_t>("starts"), c.sums = a.pointer<int32_t>("sums");
-  c.counts = a.pointer<int32_t>("counts"), c.tail_lengths = a.tensors.count("tail_lengths") == 0 ? nullptr
-                                              : a.pointer<int32_t>("tail_lengths");
+  c.counts = a.pointer<int32_t>("counts");
+  if (a.tensors.count("tail_lengths") != 0) c.tail_lengths = a.pointer<int32_t>("tail_lengths");
   for (int i = 0; i < 2; ++i) {
     c.starts_stride[i] = starts.strides[i], c.sums_stride[i] = sums.strides[i];
     c.counts_stride[i] = a.tensor("counts").strides[i];
