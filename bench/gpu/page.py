@@ -112,6 +112,7 @@ def first_call(rows: list[Row]) -> str:
 # whose tiles hold a row of queries or keys: every case counts
 BY_WIDTH = (
     "block_sparse_attention", "query_gradient", "key_gradient", "probe_extent", "probe_profile",
+    "cluster_scores", "squeezed_attend",
 )  # fmt: skip
 
 
