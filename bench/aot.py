@@ -150,6 +150,48 @@ def hip_cases(quick: bool) -> dict[str, tuple[Any, ...]]:
     return found
 
 
+def squeezed_lookup(dtype: str, head_dim: int, n_queries: int) -> None:
+    from sparse_attn.triton_kernels.squeezed_lookup import squeezed_lookup as run
+
+    def level(clusters: int) -> tuple[torch.Tensor, ...]:
+        return (
+            torch.empty(1, 2, clusters, head_dim, dtype=DTYPES[dtype], device="cuda"),
+            torch.empty(1, 2, clusters, device="cuda"),
+            torch.empty(1, 2, clusters + 1, dtype=torch.int32, device="cuda"),
+            torch.empty((), device="cuda"),
+        )
+
+    query = torch.empty(1, 8, n_queries, head_dim, dtype=DTYPES[dtype], device="cuda")
+    run(query, *level(6500), *level(1300))
+
+
+def squeezed_attend(dtype: str, head_dim: int, n_queries: int, value_dim: int = 0) -> None:
+    from sparse_attn.triton_kernels.squeezed_attend import squeezed_attend as run
+
+    def keys(*tokens: int) -> list[torch.Tensor]:
+        return [
+            torch.empty(1, 2, n, d, dtype=DTYPES[dtype], device="cuda")
+            for n in tokens
+            for d in (head_dim, value_dim or head_dim)
+        ]
+
+    query = torch.empty(1, 8, n_queries, head_dim, dtype=DTYPES[dtype], device="cuda")
+    starts = torch.empty(1, 2, 3250, dtype=torch.int32, device="cuda")
+    counts = torch.empty(1, 2, dtype=torch.int32, device="cuda")
+    lengths = torch.empty(1, dtype=torch.int32, device="cuda")
+    run(query, *keys(131072, 1200), starts, starts, counts, lengths)
+
+
+def squeezed_cases(quick: bool) -> dict[str, tuple[Any, ...]]:
+    found: dict[str, tuple[Any, ...]] = {}
+    for dtype in ("bf16",) if quick else ("bf16", "f32"):
+        for d in (128,) if quick else (64, 128, 256):
+            for call, n_queries in (("", 1024), (", decode", 1)):
+                found[f"squeezed lookup{call} {dtype} {d}"] = (squeezed_lookup, dtype, d, n_queries)
+                found[f"squeezed attend{call} {dtype} {d}"] = (squeezed_attend, dtype, d, n_queries)
+    return found
+
+
 def cases(quick: bool) -> dict[str, tuple[Any, ...]]:
     """Name -> (function, its arguments): every row of the configuration table, every code path."""
     found: dict[str, tuple[Any, ...]] = {
@@ -182,7 +224,7 @@ def cases(quick: bool) -> dict[str, tuple[Any, ...]]:
         found["sale, blocks of 128 and 64 bf16 128"] = (sale, "bf16", 128, 128, 64)
         found["prefill bf16 96"] = (attention, "bf16", 96, 4096)
         found["prefill bf16 192, values 128"] = (attention, "bf16", 192, 4096, 128, 128, False, 128)
-    return found
+    return found | squeezed_cases(quick)
 
 
 def specialise(kernel: Any, args: tuple[Any, ...], options: dict[str, Any]) -> tuple[Any, ...]:

@@ -90,6 +90,27 @@ def hip(dtype: torch.dtype, dim: int) -> None:
     prune(query, key, [256, 32, 8], [32768, 8192, 2048], [4, 4, 1])
 
 
+def squeezed_lookup(dtype: torch.dtype, dim: int, n_queries: int) -> None:
+    from sparse_attn.nvrtc.squeezed_lookup import squeezed_lookup as run
+
+    def level(clusters: int) -> tuple[torch.Tensor, ...]:
+        return (
+            empty(1, 2, clusters, dim, dtype=dtype), empty(1, 2, clusters),
+            empty(1, 2, clusters + 1, dtype=torch.int32), empty(),
+        )  # fmt: skip
+
+    run(empty(1, 8, n_queries, dim, dtype=dtype), *level(6500), *level(1300))
+
+
+def squeezed_attend(dtype: torch.dtype, dim: int, n_queries: int) -> None:
+    from sparse_attn.nvrtc.squeezed_attend import squeezed_attend as run
+
+    context, tail = empty(1, 2, 131072, dim, dtype=dtype), empty(1, 2, 1200, dim, dtype=dtype)
+    starts, counts = empty(1, 2, 3250, dtype=torch.int32), empty(1, 2, dtype=torch.int32)
+    query = empty(1, 8, n_queries, dim, dtype=dtype)
+    run(query, context, context, tail, tail, starts, starts, counts)
+
+
 def cases(quick: bool) -> list[tuple[Callable[..., None], Any]]:
     """Functions and their arguments; quick: the kernels of common calls, in one dtype."""
     found: list[tuple[Callable[..., None], Any]] = []
@@ -106,6 +127,10 @@ def cases(quick: bool) -> list[tuple[Callable[..., None], Any]]:
             found.append((attention, (dtype, dim, 1, 1)))  # decoding: 16 rows
             if not quick:
                 found.append((attention, (dtype, dim, 16)))  # 64 rows
+        for dim in (128,) if quick else (64, 96, 128, 256):
+            for n_queries in (1, 1024) if quick else (1, 16, 1024):
+                found.append((squeezed_lookup, (dtype, dim, n_queries)))
+                found.append((squeezed_attend, (dtype, dim, n_queries)))
     return found
 
 

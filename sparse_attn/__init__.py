@@ -14,6 +14,20 @@ from .warmup import Warmed, warmup
 __version__ = "0.1.0"
 globals().update({config.__name__: config for config in METHODS.values()})
 
+LAZY = {  # imported when asked for: name -> module
+    "SqueezedCache": ".integrations.squeezed",
+    "SqueezedContext": ".squeezed",
+}
+
+
+def __getattr__(name: str) -> object:
+    if name not in LAZY:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from importlib import import_module
+
+    return getattr(import_module(LAZY[name], __name__), name)
+
+
 __all__ = [
     "BlockIndex",
     "Stats",

@@ -63,3 +63,24 @@ def plot_index(
         frameon=False,
     )
     return figure
+
+
+def plot_kept(shares: list[list[float]], title: str) -> Any:
+    """A map of the share of a prepared context that each head of each layer keeps."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ImportError("plot needs matplotlib: pip install 'sparse_attn[plot]'") from error
+    layers, heads = len(shares), max(map(len, shares))
+    figure = Figure(figsize=(1.6 + 0.62 * heads, 1.5 + 0.5 * layers), layout="constrained")
+    axis = figure.subplots()
+    top = max(max(row) for row in shares) or 1.0
+    image = axis.imshow(shares, cmap="Blues", vmin=0, vmax=top, aspect="auto")
+    for i, row in enumerate(shares):
+        for j, share in enumerate(row):
+            colour = "white" if share > 0.6 * top else "black"
+            axis.text(j, i, f"{share:.1%}", ha="center", va="center", fontsize=8, color=colour)
+    axis.set(xlabel="head", ylabel="layer", xticks=range(heads), yticks=range(layers))
+    axis.set_title(title, fontsize=9)
+    figure.colorbar(image, label="share kept", format=lambda x, _: f"{x:.0%}")
+    return figure

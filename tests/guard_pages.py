@@ -24,7 +24,10 @@ from sparse_attn.ops.merge_attention_states import op as merge
 from sparse_attn.ops.sale_attention import op as sale_attention
 from sparse_attn.ops.sale_estimate import op as sale_estimate
 from sparse_attn.ops.sale_quantize import op as sale_quantize
+from sparse_attn.ops.squeezed_attend import op as squeezed_attend
+from sparse_attn.ops.squeezed_lookup import op as squeezed_lookup
 from tests.cases import DTYPES, Shape, index, inputs, instruction_set
+from tests.squeezed_cases import Case, attend_inputs, lookup_inputs
 
 PAGE = mmap.PAGESIZE
 NO_ACCESS, READ_ONLY = 0, 1
@@ -231,12 +234,42 @@ def merge_cases() -> Iterator[tuple[str, object, list[torch.Tensor]]]:
                 yield name, partial(merge, backend="cpp"), [a, lse[0], b, lse[1]]
 
 
+SQUEEZED_LOOKUP = [
+    Case(Tq=1, K=77, K1=5, D=72),
+    Case(B=2, C=2, Tq=9, K=33, D=33, shared=True),
+    Case(B=2, Tq=1, Hq=9, Hkv=1, K=1030, D=64),
+    Case(Tq=70, K=31, K1=3, D=1),
+]
+SQUEEZED_ATTEND = [
+    (Shape(B=2, Tq=1, Tk=301, Hq=4, Hkv=2, D=72, Dv=40), 4, 33),
+    (Shape(Tq=70, Tk=97, Hq=4, Hkv=2, D=33, Dv=17), 2, 81),
+    (Shape(Tq=9, Tk=5000, D=64, Dv=64), 2, 9),
+]
+
+
+def squeezed_cases() -> Iterator[tuple[str, object, list[torch.Tensor]]]:
+    for dtype in DTYPES:
+        for case in SQUEEZED_LOOKUP:
+            args = lookup_inputs(case, dtype)
+            given = [x for x in args if isinstance(x, torch.Tensor)]
+            shared = partial(squeezed_lookup, shared=case.shared, backend="cpp")
+            for layout, first in layouts(*given[:2]).items():
+                yield f"squeezed_lookup, {dtype}, {layout}, {case}", shared, [*first, *given[2:]]
+        for shape, heads, tail in SQUEEZED_ATTEND:
+            args = attend_inputs(shape, heads, tail, dtype=dtype)
+            lengths = torch.full((shape.B,), tail - 2, dtype=torch.int32)
+            run = partial(squeezed_attend, backend="cpp")
+            for layout, first in layouts(*args[:5]).items():
+                name = f"squeezed_attend, {dtype}, {layout}, {shape}"
+                yield name, run, [*first, *args[5:8], lengths]
+
+
 def run_all(isa: str) -> None:
     torch.manual_seed(0)
     with instruction_set(isa):
         for cases in (
             attention_cases, backward_cases, flex_prefill_cases, hip_cases, sale_cases,
-            merge_cases,
+            squeezed_cases, merge_cases,
         ):  # fmt: skip
             for case in cases():
                 check(*case)

@@ -15,8 +15,11 @@ from sparse_attn.ops.hip_select import op as hip_select
 from sparse_attn.ops.merge_attention_states import op as merge
 from sparse_attn.ops.sale_estimate import op as estimate
 from sparse_attn.ops.sale_quantize import op as quantize
+from sparse_attn.ops.squeezed_attention import op as squeezed
+from sparse_attn.ops.squeezed_lookup import op as lookup
 from tests.cases import Shape, index, inputs
 from tests.ops.test_sale_estimate import case as sale_case
+from tests.squeezed_cases import Case, lookup_inputs
 
 pytestmark = pytest.mark.gpu
 
@@ -83,6 +86,22 @@ def estimate_call():
     return estimate, [*tensors, theta], {}
 
 
+def squeezed_call(whole, **case):
+    def make():
+        args = lookup_inputs(Case(B=2, Hq=8, K=700, K1=90, D=128, **case), torch.bfloat16)
+        if not whole:
+            return lookup, args, {}
+        *level, shared, scale = args[1:]
+        n = int(level[2].max())
+        keys = [
+            torch.randn(b, 2, m, 128).bfloat16() for b, m in ((1, n), (1, n), (2, 300), (2, 300))
+        ]
+        lengths = torch.tensor([200, 300], dtype=torch.int32)
+        return squeezed, [args[0], *keys, *level, shared, lengths, scale], {}
+
+    return make
+
+
 CALLS = {
     "prefill": attention_call(64, 2000),
     "prefill with sink and window": attention_call(64, 2000, sink=100, window=300),
@@ -98,6 +117,10 @@ CALLS = {
     "merge": merge_call,
     "sale quantize": quantize_call,
     "sale estimate": estimate_call,
+    "squeezed lookup, decode": squeezed_call(False, Tq=1),
+    "squeezed lookup": squeezed_call(False, Tq=150, shared=True),
+    "squeezed_attention, decode": squeezed_call(True, Tq=1, shared=True),
+    "squeezed_attention": squeezed_call(True, Tq=150),
 }
 
 

@@ -16,6 +16,7 @@ from tests import simt
 from tests.cases import FLOOR, Shape, assert_as_accurate, index, inputs
 from tests.ops.test_sale_estimate import case as sale_case
 from tests.simt.operators import arguments
+from tests.squeezed_cases import Case, lookup_inputs
 from tests.test_registry import python
 
 HALF = (torch.float16, torch.bfloat16)
@@ -151,6 +152,40 @@ def stages_arguments(draw):
     return query, key, chunks, keeps, strides, q_block, *edges, *names, False, scale, *pages
 
 
+def level_arguments(draw, query, hkv, batch):
+    """A level of clusters without its threshold's value, of one context or one per sequence."""
+    clusters, batch = draw(st.integers(1, 9000)), draw(st.sampled_from((1, batch)))
+    return (
+        models_layout(query.dtype, batch, hkv, clusters, query.shape[3]),
+        torch.empty(hkv, batch, clusters).transpose(0, 1),
+        torch.empty(batch, hkv, clusters + 1, dtype=torch.int32), torch.empty(()),
+    )  # fmt: skip
+
+
+def squeezed_lookup_arguments(draw):
+    query, key, _ = query_key_value(draw)
+    fine = level_arguments(draw, query, key.shape[1], query.shape[0])
+    coarse = level_arguments(draw, query, key.shape[1], fine[0].shape[0])
+    coarse = coarse if draw(st.booleans()) else (None,) * 4
+    return query, *fine, *coarse, draw(st.booleans()), draw(st.sampled_from((None, -0.3)))
+
+
+def squeezed_attend_arguments(draw):
+    query, key, value = query_key_value(draw)
+    batch, hkv, room = query.shape[0], key.shape[1], draw(st.integers(0, 3000))
+    tails = [models_layout(query.dtype, batch, hkv, room, x.shape[3]) for x in (key, value)]
+    if draw(st.booleans()):
+        key, value = key[:1], value[:1]
+    heads, runs = draw(st.sampled_from((hkv, query.shape[1]))), draw(st.integers(1, 500))
+    starts, sums = (
+        torch.zeros(heads, batch, runs, dtype=torch.int32).transpose(0, 1) for _ in "ab"
+    )
+    counts = torch.zeros(heads, batch, dtype=torch.int32).t()
+    lengths = draw(st.sampled_from((None, torch.zeros(batch, dtype=torch.int32))))
+    scale = draw(st.sampled_from((None, 0.3)))
+    return query, key, value, *tails, starts, sums, counts, lengths, scale
+
+
 ARGUMENTS = {
     "block_sparse_attention": attention_arguments,
     "flex_prefill_select": select_arguments,
@@ -160,6 +195,8 @@ ARGUMENTS = {
     "sale_estimate": estimate_arguments,
     "sale_quantize": quantize_arguments,
     "sale_threshold": threshold_arguments,
+    "squeezed_attend": squeezed_attend_arguments,
+    "squeezed_lookup": squeezed_lookup_arguments,
 }
 
 
@@ -211,6 +248,13 @@ def test_the_assembled_source_is_one_text(op):
         assert all(line in text for line in last[-5:]), header
 
 
+def squeezed_call(shape):
+    query, key, value = inputs(shape, torch.float16)
+    runs = torch.tensor([[[3], [8]]], dtype=torch.int32)  # 3 or 8 tokens, from token 3 or 8 on
+    counts = torch.ones(1, 2, dtype=torch.int32)
+    return query, key, value, key, value, runs, runs, counts, counts[:, 0] + 63
+
+
 def direct_calls():
     shape = Shape(Tq=64, Tk=64)
     query, key, value = inputs(shape, torch.float16)
@@ -223,6 +267,8 @@ def direct_calls():
         "sale_estimate": sale_case(64, 64),
         "sale_quantize": (query, query[:, :, 0].float()),
         "sale_threshold": (query, key, key[:, :, 0].float(), torch.ones(2)),
+        "squeezed_attend": squeezed_call(shape),
+        "squeezed_lookup": tuple(lookup_inputs(Case(K1=4), torch.float16)),
     }
 
 
@@ -251,7 +297,8 @@ def test_an_overload_refuses_a_tensor_of_the_cpu(op):
     args = [x.cuda() if isinstance(x, torch.Tensor) else x for x in direct_calls()[op]]
     args[1] = args[1].cpu()
     with pytest.raises(
-        (ValueError, RuntimeError), match=r"(key|lse_a|query_step|mean): (expected a CUDA|device)"
+        (ValueError, RuntimeError),
+        match=r"(key|lse_a|query_step|mean|centroids): (expected a CUDA|device)",
     ):
         getattr(torch.ops.sparse_attn, op).cuda(*args)
 
@@ -263,7 +310,8 @@ def test_the_remedies_are_named():
         sys.modules["sparse_attn._C_cuda"] = sys.modules["cupy"] = None
         import sparse_attn
         table = sparse_attn.backends()
-        for op in ("block_sparse_attention", "flex_prefill_select", "merge_attention_states"):
+        for op in ("block_sparse_attention", "flex_prefill_select", "merge_attention_states",
+                   "squeezed_attend", "squeezed_lookup"):
             reason = table[op]["cuda"]
             assert "CUDA extension not built" in reason, reason
             assert "pip install cupy-cuda" in reason, reason

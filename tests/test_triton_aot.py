@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from bench.aot import SHARED_LIMIT, SPILL_LIMIT, Row, cases, over_limits
+from bench.aot import SHARED_LIMIT, SPILL_LIMIT, Row, cases, merged, over_limits
 from bench.gpu.page import RESULTS
 from bench.gpu.page import compiled as compiled_table
 
@@ -32,7 +32,7 @@ def test_kernels_fit(compiled):
         assert all(row.registers > 0 for row in found)
         assert {row.kernel for row in found} >= {
             "block_sparse_attention", "join_splits", "merge_attention_states", "probe_profile",
-            "choose", "list",
+            "choose", "list", "cluster_scores", "squeezed_attend",
         }  # fmt: skip
 
 
@@ -41,6 +41,14 @@ def test_the_committed_table_has_every_case():
     rows = json.loads((RESULTS / "aot.json").read_text())
     for arch in SHARED_LIMIT:
         assert {row["case"] for row in rows if row["arch"] == arch} == set(cases(quick=False))
+
+
+def test_only_the_cases_asked_for_are_renewed():
+    names = list(cases(quick=False))
+    old = [Row(name, "sm_80", "x", 4, 2, 90, 0, 0, 1.0) for name in (names[7], "gone", names[2])]
+    new = [Row(name, "sm_90", "x", 4, 2, 91, 0, 0, 1.0) for name in (names[5], names[2])]
+    found = [(row.case, row.registers) for row in merged(new, old)]
+    assert found == [(names[2], 91), (names[5], 91), (names[7], 90)]
 
 
 def test_the_page_keeps_widths_apart():

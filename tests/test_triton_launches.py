@@ -97,6 +97,28 @@ def test_hip_is_one_launch_and_small():
     assert paged[0][1] == 4 * 2 and paged[0][3]["BLOCK_R"] == 16
 
 
+KEPT = ["cluster_scores_kernel", "test_clusters_kernel"]
+TWO_PASSES = ["cluster_scores_kernel", *KEPT]
+
+
+@pytest.mark.parametrize("n_queries, level", [(1, KEPT), (16, KEPT), (17, TWO_PASSES)])
+def test_a_lookup_of_two_levels(n_queries, level):
+    found = aot.launches("sm_90", aot.squeezed_lookup, "bf16", 128, n_queries)
+    want = [*level, "mark_children_kernel", *level, "list_runs_kernel"]
+    assert [kernel.__name__ for kernel, *_ in found] == want
+    if n_queries == 1:  # eight query heads of two KV heads: one tile per group, split over clusters
+        assert found[0][3]["HEADS"] == 4 and found[0][1] == 2 * -(-1300 // 64)
+
+
+@pytest.mark.parametrize("n_queries", [1, 1024])
+def test_attention_to_runs_has_a_fixed_grid(n_queries):
+    found = aot.launches("sm_90", aot.squeezed_attend, "bf16", 128, n_queries)
+    assert [kernel.__name__ for kernel, *_ in found] == [
+        "expand_runs_kernel", "squeezed_attend_kernel", "join_units_kernel"
+    ]  # fmt: skip
+    assert found[1][1] == (264 if n_queries == 1 else 132)  # of 132 multiprocessors
+
+
 @pytest.mark.parametrize("kv_block", range(1, 9))
 def test_gathered_tokens_fill_tiles(kv_block):
     """The tile is as full of small blocks as of large ones, for prefill and decode."""
@@ -136,6 +158,12 @@ from sparse_attn.triton_kernels.hip_select import hip_select as search
 from sparse_attn.triton_kernels.merge_attention_states import merge_attention_states as merge
 from sparse_attn.triton_kernels.sale_estimate import sale_estimate as estimate
 from sparse_attn.triton_kernels.sale_quantize import sale_quantize as quantize
+from sparse_attn.triton_kernels.squeezed_attend import squeezed_attend
+from sparse_attn.triton_kernels.squeezed_lookup import squeezed_lookup
+
+def level(clusters, new):
+    bounds = torch.empty(1, 2, clusters + 1, dtype=torch.int32, device="cuda")
+    return new(2, clusters)[:1], new(2, clusters)[:1, :, :, 0].float(), bounds, bounds[0, 0, 0]
 
 def calls(batch, n_queries, n_keys, transposed):
     new = lambda h, n: (torch.empty(batch, n, h, 128, device="cuda", dtype=torch.float16)
@@ -157,6 +185,9 @@ def calls(batch, n_queries, n_keys, transposed):
     transposed = counts.new_empty(batch, 8, -(-n_keys // 128) + 1), indices.flatten(2)
     BlockIndex.transpose = lambda index, n_keys: transposed
     gradient(out, lse, query, key, value, out, lse, indices, counts, 128, 128)
+    levels = *level(n_keys // 20, new), *level(n_keys // 99, new)
+    starts, sums, counts, _ = squeezed_lookup(query, *levels)
+    squeezed_attend(query, key[:1], value[:1], key, value, starts, sums, counts, counts[:, 0])
 
 found = {}
 for length in (8192, 8193, 16400, 32640):
@@ -183,10 +214,13 @@ def test_lengths_and_batches_alone_compile_nothing_anew():
         "list_kernel": 2,
         "sale_code_kernel": 2,  # queries and keys
         "sale_list_kernel": 2,
+        "cluster_scores_kernel": 4,  # two passes over each of two levels
+        "test_clusters_kernel": 4,  # of two levels, in chunks of 128 and of 1024 clusters
     }
     found = json.loads(text)
     others = ("block_sparse_attention", "merge_attention_states", "attention_delta",
-              "query_gradient", "key_gradient", "hip_select", "hip_prune_select")  # fmt: skip
+              "query_gradient", "key_gradient", "hip_select", "hip_prune_select", "list_runs",
+              "expand_runs", "squeezed_attend", "join_units")  # fmt: skip
     assert set(found) >= {*SELECT, *(f"{name}_kernel" for name in others)}
     assert not {k: n for k, n in found.items() if n > most.get(k, 1)}
 

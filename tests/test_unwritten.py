@@ -12,9 +12,12 @@ from sparse_attn.ops import (
     hip_select,
     merge_attention_states,
     sale_select,
+    squeezed_attend,
+    squeezed_lookup,
 )
 from tests import hip
 from tests.cases import DTYPES, RUNS, Shape, call, index, inputs
+from tests.squeezed_cases import Case, attend_inputs, lookup_inputs, runs_for
 
 NEVER = torch.iinfo(torch.int32).max  # what poisons an int32
 SHAPES = [
@@ -76,3 +79,24 @@ def test_no_place_of_an_index_is_left_unwritten(op, shape):
             with poisoned():
                 indices, counts = call(op, run, query, key, **options)
             hip.check_index(indices, counts, shape.Tk)
+
+
+@pytest.mark.parametrize("run", runs_for(squeezed_attend.op), ids=str)
+def test_nothing_of_squeezed_attention_is_left_unwritten(run):
+    dtype = torch.bfloat16 if run[0] == "cuda" else torch.float32
+    shape = Shape(B=2, Hq=4, Hkv=2, Tq=3, Tk=300)
+    given = (
+        attend_inputs(shape, 4, 9, 0.3, dtype=dtype),
+        attend_inputs(shape, 2, 0, 0.0, dtype=dtype),
+    )
+    for case in (Case(B=2, K=61), Case(Tq=1, K1=5, quantile=1.0), Case(shared=True)):
+        looked = lookup_inputs(case, dtype)
+        with poisoned():
+            starts, sums, counts, tokens = call(squeezed_lookup.op, run, *looked)
+        after = torch.arange(starts.shape[-1]) >= counts[..., None]
+        assert (starts[after] == 0).all() and (sums[after] == 0).all()
+        assert ((tokens >= 0) & (tokens <= looked[3].max())).all()
+    for args in given:
+        with poisoned():
+            out, lse = call(squeezed_attend.op, run, *args)
+        assert not out.isnan().any() and not lse.isnan().any() and (lse < torch.inf).all()

@@ -30,6 +30,24 @@ ATTENTION = {
     "sm_90": {2: _HALF_SM90, 4: _FLOAT},
     "sm_100": {2: _HALF_SM90, 4: _FLOAT},
 }
+# of `squeezed_attend`, whose keys are gathered: as `ATTENTION`
+SQUEEZED = {
+    "sm_80": {
+        2: {64: ((128, 64, 8, 3), (64, 4, 4)), 128: ((128, 32, 8, 3), (64, 4, 3)),
+            256: ((64, 32, 8, 2), (32, 4, 2))},
+        4: _FLOAT,
+    },
+    "sm_90": {
+        2: {64: ((128, 64, 8, 3), (64, 4, 4)), 128: ((128, 64, 8, 3), (64, 4, 4)),
+            256: ((64, 32, 8, 2), (64, 4, 2))},
+        4: _FLOAT,
+    },
+    "sm_100": {
+        2: {64: ((128, 64, 8, 3), (64, 4, 4)), 128: ((128, 32, 8, 2), (64, 4, 4)),
+            256: ((64, 32, 8, 1), (64, 4, 2))},
+        4: _FLOAT,
+    },
+}  # fmt: skip
 # of the backward, (query rows, keys, warps, stages): for the queries' gradient, for the keys'
 _HALF_BACKWARD = {
     64: ((128, 64, 8, 2), (64, 64, 8, 2)),
@@ -192,3 +210,47 @@ def hip_tile(dtype: torch.dtype, head_dim: int, rows: int) -> dict[str, Any]:
         "num_warps": 4 if half and block_r * block_d < 8192 else 8,
         "num_stages": 3 if half and block_d <= 128 else 2,
     }  # fmt: skip
+
+
+@cache
+def squeezed_tile(
+    arch: str, dtype: torch.dtype, head_dim: int, value_dim: int, list_heads: int, n_queries: int
+) -> AttentionTile:
+    """The tile of `squeezed_attend`; `list_heads` query heads share a list of runs."""
+    block_d, block_dv = padded(head_dim), padded(value_dim)
+    prefill, decode = SQUEEZED[nearest(arch)][dtype.itemsize][max(64, block_d, block_dv)]
+    queries = query_rows(n_queries, prefill[0])
+    heads = min(list_heads, prefill[0] // queries)
+    block_m = padded(heads * queries)
+    _, block_n, warps, stages = prefill
+    if block_m <= 32:
+        block_n, warps, stages = decode
+    elif block_m < prefill[0]:
+        warps = max(4, warps // 2)
+    return AttentionTile(
+        -(-list_heads // heads),
+        {
+            "LIST_HEADS": list_heads, "HEADS": heads, "QUERIES": queries, "D": head_dim,
+            "DV": value_dim, "BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_D": block_d,
+            "BLOCK_DV": block_dv, "num_warps": warps, "num_stages": stages,
+        },
+    )  # fmt: skip
+
+
+LOOKUP_ROWS = 16  # queries up to which `squeezed_lookup` keeps every score
+
+
+@cache
+def lookup_tile(dtype: torch.dtype, head_dim: int, group: int, n_queries: int) -> AttentionTile:
+    """The tile of `squeezed_lookup`: all heads of a group, or many queries of one head."""
+    half = dtype.itemsize == 2
+    queries = query_rows(n_queries, LOOKUP_ROWS) if n_queries <= LOOKUP_ROWS else 64 if half else 32
+    heads = min(group, max(1, LOOKUP_ROWS // queries))
+    return AttentionTile(
+        -(-group // heads),
+        {
+            "G": group, "HEADS": heads, "QUERIES": queries, "D": head_dim,
+            "BLOCK_M": max(LOOKUP_ROWS, queries), "BLOCK_N": 64 if half else 32,
+            "BLOCK_D": padded(head_dim), "num_warps": 4, "num_stages": 3 if half else 2,
+        },
+    )  # fmt: skip

@@ -159,6 +159,7 @@ BY_WIDTH = (
     "block_sparse_attention", "query_gradient", "key_gradient", "probe_extent", "probe_profile",
     "sale_estimate",
     "hip_select", "hip_prune_select",
+    "cluster_scores", "squeezed_attend",
 )  # fmt: skip
 
 

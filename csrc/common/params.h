@@ -56,6 +56,47 @@ struct MergeAttentionStatesParams {
   DType dtype;
 };
 
+// One level of clusters of a context; C is B, or 1 with a batch stride of 0.
+struct SqueezedLevel {
+  const void* centroids;      // [C, Hkv, K, D]
+  const float* log_counts;    // [C, Hkv, K]  -inf: an empty cluster
+  const int32_t* offsets;     // [C, Hkv, K + 1]  what each cluster holds: tokens, or children
+  const float* threshold;     // one number
+  int64_t centroids_stride[3];   // batch, head, cluster
+  int64_t log_counts_stride[2], offsets_stride[2];  // batch, head; what follows is contiguous
+  int64_t K;
+};
+
+struct SqueezedLookupParams {
+  const void* query;  // [B, Hq, Tq, D]
+  SqueezedLevel fine, coarse;  // coarse.K = 0: one level
+  int32_t *starts, *sums;      // [B, Hd, runs] contiguous
+  int32_t *counts, *tokens;    // [B, Hd] contiguous
+  int64_t query_stride[3];     // batch, head, token
+  int64_t B, Hq, Hkv, Hd, Tq, D;  // Hd: heads that decide, Hq or Hkv
+  int64_t runs;                // capacity of starts and sums, (K + 1) / 2
+  float scale;
+  DType dtype;
+};
+
+struct SqueezedAttendParams {
+  const void *query;                   // [B, Hq, Tq, D]
+  const void *key, *value;             // [C, Hkv, Tk, D], [C, Hkv, Tk, Dv]; batch stride 0 if C = 1
+  const void *tail_key, *tail_value;   // [B, Hkv, N, D], [B, Hkv, N, Dv]
+  const int32_t *starts, *sums;        // [B, Hd, runs]
+  const int32_t* counts;               // [B, Hd]
+  const int32_t* tail_lengths;         // [B] contiguous, or null: all N
+  void* out;                           // [B, Hq, Tq, Dv] contiguous
+  float* lse;                          // [B, Hq, Tq] contiguous
+  int64_t query_stride[3], key_stride[3], value_stride[3];    // batch, head, token
+  int64_t tail_key_stride[3], tail_value_stride[3];
+  int64_t starts_stride[2], sums_stride[2], counts_stride[2];  // batch, head
+  int64_t B, Hq, Hkv, Hd, Tq, Tk, N, D, Dv;
+  int64_t runs;  // capacity of starts and sums
+  float scale;
+  DType dtype;
+};
+
 struct FlexPrefillParams {
   const void* query;  // [B, Hq, Tq, D]
   const void* key;    // [B, Hkv, Tk, D]

@@ -30,9 +30,26 @@ class KeyGroups {
       const int64_t end = std::clamp<int64_t>(last - p.window + 1, 0, limit);
       emit_uncovered(std::clamp<int64_t>(first - p.window + 1, 0, end), end);
     }
-    close();
-    for (KeyGroup& g : groups_)
-      if (g.first < 0) g.tokens = tokens_.data() + (-1 - g.first);
+    finish();
+  }
+
+  // Runs of tokens that every row sees: run r begins at starts[r], runs 0 to r have sums[r]
+  // tokens. Whole groups where the grid allows it, the rest is gathered: no key is read for nothing.
+  void build_runs(const int32_t* starts, const int32_t* sums, int64_t n, int64_t Tk) {
+    groups_.clear();
+    tokens_.clear();
+    open_ = 0;
+    Tk_ = Tk;
+    for (int64_t r = 0; r < n; ++r) {
+      const int64_t begin = starts[r], end = begin + sums[r] - (r > 0 ? sums[r - 1] : 0);
+      const int64_t first = std::min(end, round_up(begin, kGroupKeys));
+      const int64_t last = std::max(first, end / kGroupKeys * kGroupKeys);
+      gather_all(begin, first);
+      for (int64_t base = first; base < last; base += kGroupKeys)
+        groups_.push_back({nullptr, static_cast<int32_t>(base), ~0u, 0});
+      gather_all(last, end);
+    }
+    finish();
   }
 
   const KeyGroup* data() const { return groups_.data(); }
@@ -112,6 +129,16 @@ class KeyGroups {
       }
       begin = stop;
     }
+  }
+
+  void gather_all(int64_t begin, int64_t end) {
+    for (int64_t j = begin; j < end; ++j) gather(j, false);
+  }
+
+  void finish() {
+    close();
+    for (KeyGroup& g : groups_)
+      if (g.first < 0) g.tokens = tokens_.data() + (-1 - g.first);
   }
 
   void gather(int64_t token, bool windowed) {

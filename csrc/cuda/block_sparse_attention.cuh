@@ -60,9 +60,8 @@ __device__ __forceinline__ void each_chunk(F f) {
 
 // Zeros where there is no row, and beyond D. A negative scale changes the sign of the queries, so
 // that softmax deals with positive ones only. `offsets` [kRows] is scratch memory.
-template <class C>
-__device__ __forceinline__ void load_query(typename C::Tile to, int64_t* offsets,
-                                           const BlockSparseAttentionCudaParams& p,
+template <class C, class P>
+__device__ __forceinline__ void load_query(typename C::Tile to, int64_t* offsets, const P& p,
                                            const RowTile& rows) {
   const auto& c = p.call;
   for (int row = threadIdx.x; row < C::kRows; row += C::kThreads)

@@ -17,9 +17,9 @@ __device__ __forceinline__ void each_row(int first_row, F f) {
 }
 
 // Writes the rows of a warp, divided by their denominators.
-template <class C>
-__device__ __forceinline__ void store_rows(const BlockSparseAttentionCudaParams& p,
-                                           const RowTile& rows, const typename C::Output& acc,
+template <class C, class P>
+__device__ __forceinline__ void store_rows(const P& p, const RowTile& rows,
+                                           const typename C::Output& acc,
                                            const OnlineSoftmax<C::kRowTiles>& softmax,
                                            int first_row) {
   const auto& c = p.call;
@@ -61,9 +61,8 @@ __device__ __forceinline__ void store_part(const Parts& parts, int part, int n_r
 }
 
 // Joins the parts of each row, a warp per row, and writes the results.
-template <class C>
-__device__ __forceinline__ void join_rows(const BlockSparseAttentionCudaParams& p,
-                                          const RowTile& rows, const Parts& parts) {
+template <class C, class P>
+__device__ __forceinline__ void join_rows(const P& p, const RowTile& rows, const Parts& parts) {
   const auto& c = p.call;
   const int dims = static_cast<int>(c.Dv);
   auto* out = static_cast<typename C::T*>(c.out) + rows.batch * c.out_stride[0];

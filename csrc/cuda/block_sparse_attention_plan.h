@@ -75,8 +75,8 @@ inline BlockSparseAttentionPlan plan_block_sparse_attention(const BlockSparseAtt
 }
 
 // Calls `f.operator()<kDim, kRows>()` with the plan's tile.
-template <class F>
-void with_attention_tile(const BlockSparseAttentionPlan& plan, const F& f) {
+template <class Plan, class F>
+void with_attention_tile(const Plan& plan, const F& f) {
   const auto with_rows = [&]<int kDim>() {
     if (plan.rows == 16) return f.template operator()<kDim, 16>();
     if constexpr (kDim <= 128)

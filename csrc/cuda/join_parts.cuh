@@ -6,10 +6,13 @@ namespace sparse_attn {
 
 // Numerators, references and denominators of several parts of the same rows.
 struct Parts {
-  float* values;  // part i, row r, column c at i * value_step + r * row_step + c
-  float* stats;   // part i, row r at i * stat_step + 2 r: reference, denominator
+  float* values;  // part i, row r, column c at place(i) * value_step + r * row_step + c
+  float* stats;   // part i, row r at place(i) * stat_step + 2 r: reference, denominator
   int64_t value_step, stat_step, row_step;
   int n;
+  int first = 0, every = 1;  // place of the first part, and from there on of each
+
+  __device__ int64_t place(int i) const { return i == 0 ? first : int64_t{i} * every; }
 };
 
 // One row of the result, spread over a warp: lane l has columns 4 (l + 32 v) and the next three.
@@ -23,7 +26,9 @@ struct JoinedRow {
   // In the order of the parts, by a whole warp: the same bits each time.
   __device__ void join(const Parts& parts, int row, int dims) {
     const int lane = threadIdx.x % 32;
-    const auto stat = [&](int i) { return parts.stats + i * parts.stat_step + 2 * row; };
+    const auto stat = [&](int i) {
+      return parts.stats + parts.place(i) * parts.stat_step + 2 * row;
+    };
     reference = -kInfinity;
     for (int i = lane; i < parts.n; i += 32) reference = fmaxf(reference, stat(i)[0]);
 #pragma unroll
@@ -46,7 +51,8 @@ struct JoinedRow {
       for (int i = 0; i < n; ++i) {
         const float w = __shfl_sync(0xffffffff, weight, i);
         sum += __shfl_sync(0xffffffff, share, i);
-        const float* from = parts.values + (first + i) * parts.value_step + row * parts.row_step;
+        const float* from =
+            parts.values + parts.place(first + i) * parts.value_step + row * parts.row_step;
 #pragma unroll
         for (int v = 0; v < kVectors; ++v) {
           const int column = 4 * (lane + 32 * v);

@@ -63,10 +63,15 @@ def timed_baseline(probe: Probe) -> Callable[..., Any]:
 
 def register_all(wanted: list[str] | None) -> dict[str, Probe]:
     """One registered attention implementation per method, and the baseline."""
-    names = wanted or list(METHODS)
+    alone = [n for n, m in METHODS.items() if not getattr(m, "needs_context", False)]
+    names = wanted or alone
     unknown = set(names) - set(METHODS)
     if unknown:
         raise SystemExit(f"--method: no such method {sorted(unknown)}; there are {list(METHODS)}")
+    if not set(names) <= set(alone):
+        raise SystemExit(
+            "--method: squeezed works behind a prepared context: python -m sparse_attn squeeze run"
+        )
     probes = {BASELINE: Probe(None)}
     AttentionInterface.register(f"demo_{BASELINE}", timed_baseline(probes[BASELINE]))
     AttentionMaskInterface.register(f"demo_{BASELINE}", sdpa_mask)

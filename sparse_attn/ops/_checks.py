@@ -46,10 +46,24 @@ def like(name: str, x: torch.Tensor, other: torch.Tensor, of: str) -> None:
         raise ValueError(f"{name}: device is {x.device}, expected {other.device} as {of}")
 
 
-def heads(query: torch.Tensor, key: torch.Tensor) -> None:
+def on_device(name: str, x: torch.Tensor, query: torch.Tensor) -> None:
+    if x.device != query.device:
+        raise ValueError(f"{name}: device is {x.device}, expected {query.device} as query")
+
+
+def shared_batch(name: str, x: torch.Tensor, query: torch.Tensor) -> None:
+    """Checks that x is for every sequence of the batch or one for all."""
+    if x.shape[0] not in (1, query.shape[0]):
+        raise ValueError(
+            f"{name}: batch size is {x.shape[0]}, expected {query.shape[0]} as in query, "
+            "or 1, shared by all"
+        )
+
+
+def heads(query: torch.Tensor, key: torch.Tensor, of: str = "key") -> None:
     if query.shape[1] % key.shape[1] != 0:
         raise ValueError(
-            f"query: {query.shape[1]} heads, expected a multiple of key's {key.shape[1]}"
+            f"query: {query.shape[1]} heads, expected a multiple of {of}'s {key.shape[1]}"
         )
 
 

@@ -22,7 +22,7 @@ from . import HERE, run
 
 ROWS_OF_16_BYTES = (
     "block_sparse_attention", "flex_prefill_select", "hip_prune_select", "hip_select",
-    "sale_quantize", "sale_threshold",
+    "sale_quantize", "sale_threshold", "squeezed_attend", "squeezed_lookup",
 )  # fmt: skip
 POISON = {torch.int32: -0x55555556, torch.uint8: 0xAA}
 CONTIGUOUS_VECTORS = ("sale_estimate", "sale_quantize", "sale_threshold")

@@ -1,0 +1,142 @@
+"""K-means, batched over heads: Lloyd's iterations from a seeded k-means++ start."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+SCORES = 2**25  # held at once
+START_ROUNDS = 64  # of the start: more centres than that are drawn several at a time
+TOLERANCE = 1e-4  # of the squared shift of the means, against the variance, as scikit-learn's
+
+
+def nearest(x: torch.Tensor, means: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """For each row of x [H, N, D] its nearest mean of [H, K, D] and half the squared distance."""
+    labels = torch.empty(x.shape[:2], dtype=torch.int64, device=x.device)
+    halves = torch.empty(x.shape[:2], dtype=x.dtype, device=x.device)
+    square = means.square().sum(-1)[:, None] / 2
+    columns = means.mT.contiguous()
+    rows = max(1, SCORES // means.shape[1])
+    for h in range(len(x)):
+        for i in range(0, x.shape[1], rows):
+            part = x[h, i : i + rows]
+            best, at = torch.addmm(square[h], part, columns[h], alpha=-1).min(-1)
+            labels[h, i : i + rows] = at
+            halves[h, i : i + rows] = best + part.square().sum(-1) / 2
+    return labels, halves.clamp_(min=0)
+
+
+def start(x: torch.Tensor, k: int, generator: torch.Generator) -> torch.Tensor:
+    """k rows of x per head, drawn with probability proportional to the squared distance to those
+    drawn before (k-means++; from START_ROUNDS centres on several per round, as k-means‖ does)."""
+    heads, n = x.shape[:2]
+    first = torch.randint(n, (heads, 1), generator=generator, device=x.device)
+    chosen = [first]
+    _, distance = nearest(x, gather(x, first))
+    while (left := k - sum(c.shape[1] for c in chosen)) > 0:
+        noise = torch.empty_like(distance).exponential_(generator=generator)
+        count = min(left, max(1, k // START_ROUNDS))
+        drawn = (distance / noise).topk(count, -1).indices
+        chosen.append(drawn)
+        distance = torch.minimum(distance, nearest(x, gather(x, drawn))[1])
+    return gather(x, torch.cat(chosen, 1))
+
+
+def gather(x: torch.Tensor, at: torch.Tensor) -> torch.Tensor:
+    """Rows `at` [H, M] of x [H, N, D]."""
+    return x.gather(1, at[..., None].expand(-1, -1, x.shape[2]))
+
+
+def sums_by_label(
+    x: torch.Tensor, labels: torch.Tensor, k: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Sums [H, K, D] and counts [H, K] of the rows of x [H, N, D] with each label."""
+    place = (labels + k * torch.arange(len(x), device=x.device)[:, None]).flatten()
+    sums = x.new_zeros((len(x) * k, x.shape[2])).index_add_(0, place, x.flatten(0, 1))
+    counts = torch.bincount(place, minlength=len(x) * k)
+    return sums.view(len(x), k, -1), counts.view(len(x), k)
+
+
+def kmeans(
+    x: torch.Tensor,
+    k: int,
+    iterations: int,
+    generator: torch.Generator,
+    tick: Callable[[], object] = lambda: None,
+) -> torch.Tensor:
+    """Labels int64 [H, N] of the rows of x float32 [H, N, D], each head by itself.
+
+    Euclidean, at most `iterations` rounds, less when the means stand still. `tick` is called
+    after the start and after each round, `iterations` + 1 times in all. A cluster may be empty.
+    """
+    k = min(k, x.shape[1])
+    means = start(x, k, generator)
+    tick()
+    still = TOLERANCE * x.var(1, unbiased=False).mean(-1)
+    for done in range(1, iterations + 1):
+        labels, _ = nearest(x, means)
+        sums, counts = sums_by_label(x, labels, k)
+        moved = torch.where(counts[..., None] > 0, sums / counts.clamp(min=1)[..., None], means)
+        shift = (moved - means).square().sum((1, 2))
+        means = moved
+        tick()
+        if (shift <= still).all():
+            for _ in range(done, iterations):
+                tick()
+            break
+    return labels
+
+
+def segmented(
+    x: torch.Tensor,
+    k: int,
+    segment: int | None,
+    iterations: int,
+    generator: torch.Generator,
+    tick: Callable[[], object] = lambda: None,
+) -> tuple[torch.Tensor, int]:
+    """Labels of x, clustered in segments of about `segment` rows, and the number of clusters.
+
+    Each segment gets its share of the k clusters, so the cost grows linearly with the length.
+    """
+    n = x.shape[1]
+    parts = 1 if segment is None else max(1, round(n / segment))
+    bounds = [n * i // parts for i in range(parts + 1)]
+    labels, base = torch.empty(x.shape[:2], dtype=torch.int64, device=x.device), 0
+    for begin, end in zip(bounds, bounds[1:], strict=False):
+        share = max(1, k * end // n - k * begin // n)
+        share = min(share, end - begin)
+        part = x[:, begin:end].contiguous()
+        labels[:, begin:end] = kmeans(part, share, iterations, generator, tick) + base
+        base += share
+    return labels, base
+
+
+def split_giants(
+    x: torch.Tensor, labels: torch.Tensor, k: int, above: float, generator: torch.Generator
+) -> tuple[torch.Tensor, int]:
+    """Splits clusters of more than `above` times the mean size; the new number of clusters.
+
+    Not in the paper: a cluster is kept or dropped whole, and outliers can pull a large part of a
+    context into one.
+    """
+    limit = max(1, int(above * x.shape[1] / k))
+    labels, most = labels.clone(), k
+    for h in range(len(x)):
+        counts, new = torch.bincount(labels[h], minlength=k), k
+        for j in (counts > limit).nonzero().flatten().tolist():
+            members = (labels[h] == j).nonzero().flatten()
+            pieces = -(-len(members) // limit)
+            piece = kmeans(x[h : h + 1, members], pieces, 10, generator)[0]
+            # members that K-means cannot part, such as copies of one key, are cut by position
+            order = piece.argsort(stable=True)
+            inside = torch.arange(len(members), device=x.device)
+            sizes = torch.bincount(piece, minlength=pieces)
+            inside = inside - (sizes.cumsum(0) - sizes)[piece[order]]
+            code = piece[order] * (len(members) // limit + 1) + inside // limit
+            number = torch.unique_consecutive(code, return_inverse=True)[1]
+            labels[h, members[order]] = torch.where(number == 0, j, new + number - 1)
+            new += int(number[-1])
+        most = max(most, new)
+    return labels, most
