@@ -35,7 +35,7 @@ class Probe:
         self.recorded: list[tuple[torch.Tensor, torch.Tensor]] = []
         self.record = False
 
-    def __call__(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, **kwargs: Any):
+    def __call__(self, query, key, value, layer: int | None, **kwargs: Any):
         start = time.perf_counter()
         result = api.attention(query, key, value, self.config, return_stats=self.record, **kwargs)
         self.seconds += time.perf_counter() - start
