@@ -57,13 +57,12 @@ def span(seen: torch.Tensor, window: int | None = None) -> Span:
         real, starts = slice(0, 0), [0]
     else:
         real = slice(int(valid[0]), int(valid[-1]) + 1)
-        # where query 0 can stand, from the first query that sees a key: it is real and sees itself
-        # last, or it is padding after the last key
+        # where query 0 can stand: the first query that sees a key sees itself last, unless all are
+        # padding after the last key; then the window tells, by the last that sees the first key
         row = int(seen[:, real].any(1).nonzero()[0])
-        keys = seen[row].nonzero().flatten()
-        starts = [int(keys[-1]) - row]
+        starts = [int(seen[row].nonzero()[-1]) - row]
         if window is not None:
-            starts.append(int(keys[0]) + window - 1 - row)
+            starts.append(real.start + window - 1 - int(seen[:, real.start].nonzero()[-1]))
     for first in starts:
         if is_causal(seen, real, first, window):
             queries = slice(max(0, real.start - first), min(n_queries, real.stop - first))
