@@ -6,59 +6,19 @@ import argparse
 import math
 import statistics
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from tqdm import tqdm
-from transformers import AttentionInterface, AttentionMaskInterface, LlamaForCausalLM
-from transformers.masking_utils import sdpa_mask
+from transformers import LlamaForCausalLM
 
 from .. import METHODS, api
-from ..integrations.transformers import register_function
+from ..probe import BASELINE, Probe, register_probe
 from .text import Prompt, corpus, prompt
 
-BASELINE = "sdpa"
 PICTURE_LAYER = 1
-
-
-class Probe:
-    """An attention function that times itself and, when asked, records densities and inputs."""
-
-    def __init__(self, config: Any) -> None:
-        self.config = config
-        self.seconds = 0.0
-        self.densities: list[float] = []
-        self.fallback: str | None = None
-        self.recorded: list[tuple[torch.Tensor, torch.Tensor]] = []
-        self.record = False
-
-    def __call__(self, query, key, value, layer: int | None, **kwargs: Any):
-        start = time.perf_counter()
-        result = api.attention(query, key, value, self.config, return_stats=self.record, **kwargs)
-        self.seconds += time.perf_counter() - start
-        if not self.record:
-            return result
-        out, stats = result
-        self.densities.append(stats.density)
-        self.fallback = stats.fallback
-        self.recorded.append((query, key))
-        return out
-
-
-def timed_baseline(probe: Probe) -> Callable[..., Any]:
-    """Transformers' own `sdpa`, timed in the same way."""
-    sdpa = AttentionInterface()[BASELINE]
-
-    def forward(*args: Any, **kwargs: Any) -> Any:
-        start = time.perf_counter()
-        result = sdpa(*args, **kwargs)
-        probe.seconds += time.perf_counter() - start
-        return result
-
-    return forward
 
 
 def register_all(wanted: list[str] | None) -> dict[str, Probe]:
@@ -67,12 +27,9 @@ def register_all(wanted: list[str] | None) -> dict[str, Probe]:
     unknown = set(names) - set(METHODS)
     if unknown:
         raise SystemExit(f"--method: no such method {sorted(unknown)}; there are {list(METHODS)}")
-    probes = {BASELINE: Probe(None)}
-    AttentionInterface.register(f"demo_{BASELINE}", timed_baseline(probes[BASELINE]))
-    AttentionMaskInterface.register(f"demo_{BASELINE}", sdpa_mask)
-    for name in names:
-        probes[name] = Probe(METHODS[name]())
-        register_function(probes[name], f"demo_{name}")
+    probes = {BASELINE: Probe(None), **{name: Probe(METHODS[name]()) for name in names}}
+    for name, probe in probes.items():
+        register_probe(probe, f"demo_{name}")
     return probes
 
 
