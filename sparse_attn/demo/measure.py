@@ -14,7 +14,8 @@ import torch.nn.functional as F
 from tqdm import tqdm
 from transformers import LlamaForCausalLM
 
-from .. import METHODS, api
+from .. import METHODS, api, mass
+from ..plot import plot_mass
 from ..probe import BASELINE, Probe, register_probe
 from .text import Prompt, corpus, prompt
 
@@ -138,25 +139,27 @@ def print_table(rows: list[dict[str, Any]], probes: dict[str, Probe]) -> None:
 
 
 def picture(probes: dict[str, Probe], out: Path) -> None:
-    """Draws what each method chose in one layer at the longest prompt."""
+    """Draws what each method chose in one layer at the longest prompt, over the attention there."""
     for name, probe in probes.items():
         if probe.config is None or name == "dense":
             continue
         layer = min(PICTURE_LAYER, len(probe.recorded) - 1)
         query, key = probe.recorded[layer]
         try:
-            index = api.select(query, key, probe.config)
+            selection = probe.config.select(query, key)
         except NotImplementedError as error:  # a method without a list of blocks
             print(f"no picture: {error}")
             continue
-        figure = index.plot(query.shape[2], key.shape[2])
+        whole, part = mass.cells(query, key, selection)
+        shares, _ = mass.kept(query, key, selection)
+        names = [f"head {h}: {share:.1%} kept" for h, share in enumerate(shares.tolist())]
         title = (
-            f"{name}: blocks of {index.q_block} × {index.kv_block} tokens chosen in layer {layer} "
-            f"(of 0–{len(probe.recorded) - 1}), prompt of {key.shape[2]:,} bytes, a token each"
+            f"{name}: heads of layer {layer} (of 0–{len(probe.recorded) - 1}), "
+            f"prompt of {key.shape[2]:,} bytes, a token each"
         )
         if probe.fallback:
             title += f"\nnot used: {probe.fallback}"
-        figure.suptitle(title)
+        figure = plot_mass(whole, part, names, query.shape[2], key.shape[2], title)
         path = out / f"{name}.png"
         figure.savefig(path, dpi=110)
-        print(f"blocks chosen by {name}: {path}")
+        print(f"what {name} computes: {path}")

@@ -37,7 +37,7 @@ def run(args: argparse.Namespace) -> None:
         if getattr(args, name) < least:
             raise SystemExit(f"--{name}: got {getattr(args, name)}, expected at least {least}")
     try:
-        from .run import main
+        from .measure import main
     except ImportError as error:
         raise SystemExit(f"{error}: pip install 'sparse_attn[demo]'") from error
     main(args)

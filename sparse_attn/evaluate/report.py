@@ -17,17 +17,20 @@ MORE_BITS, FEWER_NEEDLES = 0.01, 0.01  # what a method may lose at an operating 
 STYLE = """
 :root { color-scheme: light; }
 body { font: 15px/1.5 system-ui, sans-serif; color: #1b1b1b; background: #fff;
-  max-width: 1080px; margin: 2rem auto; padding: 0 1rem; }
+  max-width: 1120px; margin: 2rem auto; padding: 0 1rem; }
 h1 { font-size: 1.7rem; margin-bottom: .2rem; } h2 { margin-top: 2.4rem; font-size: 1.25rem; }
 p.note, figcaption { color: #555; font-size: .9rem; }
 .wide { overflow-x: auto; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: .9rem; }
-th, td { padding: .3rem .7rem; text-align: right; border-bottom: 1px solid #e3e3e3;
+th, td { padding: .3rem .55rem; text-align: right; border-bottom: 1px solid #e3e3e3;
   white-space: nowrap; }
-th { border-bottom: 2px solid #888; font-weight: 600; } th:first-child, td:first-child,
-th.name, td.name { text-align: left; }
+th { border-bottom: 2px solid #888; font-weight: 600; } th:first-child,
+td:first-child { text-align: left; }
+td:first-child { white-space: normal; }
 tr.base td { background: #f4f4f4; } tr.good td { background: #eaf6ef; }
-figure { margin: 1rem 0; } figure img { max-width: 100%; height: auto; }
+.pair { display: flex; flex-wrap: wrap; gap: 1rem; }
+.pair figure { flex: 1 1 30rem; } figure { margin: 1rem 0; }
+figure img { max-width: 100%; height: auto; }
 nav a { margin-right: 1rem; }
 code { background: #f4f4f4; padding: 0 .25em; }
 """
@@ -72,12 +75,19 @@ def table(head: list[str], rows: list[tuple[str, list[str]]]) -> str:
     """A table; each row has a class and its cells, the first of them a name."""
     top = "".join(f"<th>{escape(x)}</th>" for x in head)
     lines = [
-        f'<tr class="{kind}">' + "".join(f"<td>{escape(x)}</td>" for x in cells) + "</tr>"
+        f'<tr class="{kind}">' + "".join(f"<td>{breakable(x)}</td>" for x in cells) + "</tr>"
         for kind, cells in rows
     ]
     return (
         f'<div class="wide"><table><thead><tr>{top}</tr></thead>'
         f"<tbody>{''.join(lines)}</tbody></table></div>"
+    )
+
+
+def breakable(text: str) -> str:
+    """Escaped; a long label may be broken between its options."""
+    return (
+        escape(text).replace(":", ":<wbr>").replace(",", ",<wbr>") if "=" in text else escape(text)
     )
 
 
@@ -110,6 +120,12 @@ def density(cell: dict[str, Any]) -> float:
     return statistics.mean(found) if found else 1.0
 
 
+def signed(x: float, digits: int) -> str:
+    """With its sign; nothing is neither more nor less."""
+    x = round(x, digits)
+    return f"{x:+.{digits}f}" if x else f"{0:.{digits}f}"
+
+
 def measured(results: dict[str, Any], length: int) -> dict[str, dict[str, Any]]:
     """The complete cells of a length, the baseline first."""
     cells = results["cells"][str(length)]
@@ -139,9 +155,9 @@ def summary(results: dict[str, Any], length: int) -> str:
             f"{base['prefill'] / cell['prefill']:.2f}×",
             f"{base['attention'] / cell['attention']:.2f}×",
             f"{cell['bits']:.4f}",
-            f"{cell['bits'] - base['bits']:+.4f}",
+            signed(cell["bits"] - base["bits"], 4),
             f"{mean_needles(cell):.1%}",
-            f"{100 * (mean_needles(cell) - mean_needles(base)):+.1f}",
+            signed(100 * (mean_needles(cell) - mean_needles(base)), 1),
             f"{statistics.mean(recall):.1%}" if recall else "–",
             "yes" if within and label != BASELINE else "–" if label == BASELINE else "no",
         ]))  # fmt: skip
@@ -179,17 +195,34 @@ def trade(results: dict[str, Any], length: int) -> str:
         for what, y in (("bits", cell["bits"] - base["bits"]), ("needles", lost)):
             points[what].setdefault(method["family"], []).append((speed, y, method["setting"]))
     title = f"Quality against speed, prompt of {length:,} tokens"
-    text = picture(
-        plot_pareto(points["bits"], title, "bits per token lost", BASELINE, MORE_BITS),
-        "Rise in bits per token against the speed-up of attention: lower and further right is "
-        "better. A method given with several settings makes a line.",
+    lost = plot_pareto(brief(points["bits"]), title, "bits per token lost", BASELINE, MORE_BITS)
+    missed = plot_pareto(
+        brief(points["needles"]), title, "needles lost (points)", BASELINE, 100 * FEWER_NEEDLES
     )
-    return text + picture(
-        plot_pareto(
-            points["needles"], title, "needles lost (points)", BASELINE, 100 * FEWER_NEEDLES
+    return pair(
+        picture(
+            lost,
+            "Rise in bits per token against the speed-up of attention: lower and further right is "
+            "better. A method given with several settings makes a line.",
         ),
-        "Needles lost, in points of the share found, against the speed-up of attention.",
+        picture(missed, "Needles lost, in points of the share found, against the speed-up."),
     )
+
+
+def brief(points: dict[str, list[tuple[float, float, str]]]) -> dict[str, Any]:
+    """The settings of a family without what all of them share."""
+    found = {}
+    for family, given in points.items():
+        parts = [setting.split(",") for _, _, setting in given]
+        shared = set(parts[0]).intersection(*parts[1:])
+        texts = [", ".join(x for x in part if x not in shared) for part in parts]
+        found[family] = [(x, y, text) for (x, y, _), text in zip(given, texts, strict=True)]
+    return found
+
+
+def pair(*figures: str) -> str:
+    """Figures side by side where there is room."""
+    return f'<div class="pair">{"".join(figures)}</div>'
 
 
 def needles(results: dict[str, Any], lengths: list[int]) -> str:
@@ -221,15 +254,14 @@ def tasks(results: dict[str, Any], lengths: list[int]) -> str:
 
 
 def times(results: dict[str, Any], lengths: list[int]) -> str:
-    text = ""
+    figures = []
     for what, title in (("prefill", "a whole prefill"), ("attention", "attention in a prefill")):
         seconds: dict[str, dict[int, float]] = {}
         for length in lengths:
             for label, cell in measured(results, length).items():
                 seconds.setdefault(label, {})[length] = cell[what]
-        text += picture(
-            plot_time(seconds, title, BASELINE), f"Seconds of {title}, median, all layers together."
-        )
+        caption = f"Seconds of {title}, median of the runs, all layers together."
+        figures.append(picture(plot_time(seconds, title, BASELINE), caption))
     rows = []
     for length in lengths:
         for label, cell in measured(results, length).items():
@@ -240,7 +272,7 @@ def times(results: dict[str, Any], lengths: list[int]) -> str:
             ]))  # fmt: skip
     head = ["method", "tokens", "prefill", "attention", "peak memory"]
     return (
-        text
+        pair(*figures)
         + table(head, rows)
         + note("Peak memory: the most that one prefill held beyond the weights.")
     )
@@ -257,7 +289,7 @@ def layers(results: dict[str, Any], length: int) -> str:
     text = picture(plot_density(by_layer, length), "Share of the causal blocks computed, by layer.")
     rows = []
     for label, cell in cells.items():
-        for i, layer in enumerate(cell["layers"]):
+        for i, layer in enumerate(cell["layers"] if label != "dense" else []):
             recall = layer and layer["recall"]
             rows.append(("", [
                 label, str(i),
@@ -277,7 +309,7 @@ def layers(results: dict[str, Any], length: int) -> str:
         recall = [layer["recall"] for layer in cell["layers"] if layer and layer["recall"]]
         if recall and label != "dense":
             text += picture(
-                plot_heads(recall, f"{label}: attention mass kept, {length:,} tokens"),
+                plot_heads(recall, f"{label}\nattention mass kept, prompt of {length:,} tokens"),
                 f"{label}: attention mass kept by each head of each layer.",
             )
     return text
@@ -286,7 +318,7 @@ def layers(results: dict[str, Any], length: int) -> str:
 def maps(results: dict[str, Any], length: int, out: Path) -> str:
     text = ""
     for label, cell in measured(results, length).items():
-        for name in (cell.get("maps") or []) if label != "dense" else []:
+        for name in cell.get("maps") or []:
             caption = (
                 f"{label}: blue is attention on computed keys, red on keys left out; white is "
                 "little attention."

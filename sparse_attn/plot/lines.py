@@ -47,6 +47,9 @@ def plot_time(seconds: Mapping[str, Mapping[int, float]], what: str, baseline: s
     lengths = sorted({n for by_length in seconds.values() for n in by_length})
     lengths_axis(axis, lengths)
     axis.set(title=f"Time of {what}", ylabel="seconds (logarithmic)", yscale="log")
+    axis.yaxis.get_major_locator().set_params(subs=(1, 2, 5))
+    axis.yaxis.set_major_formatter(lambda x, _: f"{x:g}")
+    axis.yaxis.set_minor_formatter(lambda x, _: "")
     axis.grid(alpha=0.3, which="both")
     below(made, axis)
     return made
@@ -71,14 +74,12 @@ def plot_pareto(
     made = figure(6.8, 4.4)
     axis = made.subplots()
     axis.plot([1], [0], "*", color="#222222", markersize=12, label=baseline, zorder=4)
+    notes: list[tuple[float, float, str, str]] = []
     for i, (name, given) in enumerate(points.items()):
         line = sorted(given)
         axis.plot(*zip(*((x, y) for x, y, _ in line), strict=True), label=name, **style(i))
         if len(line) > 1:
-            for x, y, text in line:
-                axis.annotate(
-                    text, (x, y), (4, 4), textcoords="offset points", fontsize=7, color="#555555"
-                )
+            notes += [(x, y, text, style(i)["color"]) for x, y, text in line]
     every = [(x, y) for given in points.values() for x, y, _ in given] + [(1.0, 0.0)]
     best = sorted(
         p for p in every if not any(q[0] >= p[0] and q[1] <= p[1] and q != p for q in every)
@@ -87,7 +88,13 @@ def plot_pareto(
         *zip(*best, strict=True), color="#999999", linewidth=5, alpha=0.3, zorder=0,
         label="best trade-offs", solid_capstyle="round",
     )  # fmt: skip
-    axis.margins(0.08)
+    axis.margins(0.1)
+    middle = sum(axis.get_xlim()) / 2
+    for x, y, text, colour in notes:  # towards the middle, where there is room
+        side, place = ("left", 6) if x < middle else ("right", -6)
+        axis.annotate(
+            text, (x, y), (place, 5), textcoords="offset points", fontsize=7, color=colour, ha=side
+        )
     if limit is not None:
         axis.axhspan(axis.get_ylim()[0], limit, color="#009e73", alpha=0.08, zorder=0)
         axis.axhline(limit, color="#009e73", linewidth=0.8, label=f"limit {limit:g}")

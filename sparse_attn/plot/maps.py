@@ -57,7 +57,7 @@ def plot_mass(
             ScalarMappable(
                 LogNorm(FAINTEST, 1), LinearSegmentedColormap.from_list(what, ["white", colour])
             ),
-            ax=axes, location="bottom", fraction=0.04, aspect=50, pad=0.01,
+            ax=axes, location="bottom", shrink=0.6, fraction=0.04, aspect=50, pad=0.01,
         )  # fmt: skip
         bar.set_label(f"{what}: share of a query's attention in a cell (logarithmic)", fontsize=8)
         bar.ax.tick_params(labelsize=7)
@@ -71,7 +71,7 @@ def plot_heads(recall: Any, title: str) -> Any:
 
     recall = numpy.asarray(recall, dtype=float)
     layers, heads = recall.shape
-    made = figure(max(4.0, 0.62 * heads + 1.8), max(2.2, 0.42 * layers + 1.4))
+    made = figure(max(5.5, 0.62 * heads + 1.8), max(2.4, 0.42 * layers + 1.6))
     axis = made.subplots()
     low = min(0.9, float(numpy.nanmin(recall))) if numpy.isfinite(recall).any() else 0.0
     image = axis.imshow(recall, vmin=low, vmax=1, cmap="cividis", aspect="auto")
@@ -85,7 +85,8 @@ def plot_heads(recall: Any, title: str) -> Any:
                     j, i, text, ha="center", va="center", fontsize=8,
                     color="white" if dark and not numpy.isnan(value) else "black",
                 )  # fmt: skip
-    axis.set(title=title, xlabel="head", ylabel="layer")
+    axis.set(xlabel="head", ylabel="layer")
+    axis.set_title(title, fontsize=10)
     for one in (axis.xaxis, axis.yaxis):
         one.get_major_locator().set_params(integer=True, min_n_ticks=1)
     bar = made.colorbar(image, ax=axis)

@@ -33,7 +33,7 @@ def panels(n: int, columns: int, width: float, height: float, extra: float = 0.0
     """(figure, n axes in a grid); those of the grid that are too many are switched off."""
     columns = max(1, min(columns, n))
     rows = math.ceil(n / columns)
-    made = figure(width * columns, height * rows + extra)
+    made = figure(max(6.0, width * columns), height * rows + extra)  # the title needs that much
     axes = list(made.subplots(rows, columns, squeeze=False).flat)
     for axis in axes[n:]:
         axis.set_axis_off()

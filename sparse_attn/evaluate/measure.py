@@ -81,6 +81,8 @@ def device_of(args: argparse.Namespace) -> str:
 
 def load(args: argparse.Namespace, text: str) -> tuple[Any, Source]:
     """The model, and the text as its tokens: bytes for a vocabulary of 256."""
+    if args.model.startswith((".", "/")) and not Path(args.model).exists():
+        raise SystemExit(f"--model: there is no {args.model}")  # not to be looked for elsewhere
     try:
         model = AutoModelForCausalLM.from_pretrained(args.model, dtype=getattr(torch, args.dtype))
         if model.config.get_text_config().vocab_size == 256:
@@ -155,7 +157,7 @@ class Evaluation:
             for spec in self.specs:
                 if "layers" not in self.cell(n, spec.label):
                     what = f"{n:,} tokens, layers, {spec.label}"
-                    todo.append((what, lambda n=n, spec=spec: self.look(n, spec)))
+                    todo.append((what, lambda n=n, spec=spec: self.look(n, spec, n == lengths[-1])))
             if any("prefill" not in self.cell(n, label) for label in self.probes):
                 todo.append((f"{n:,} tokens, time", lambda n=n: self.time(n)))
         with torch.inference_mode(), tqdm(todo, unit="step", leave=False) as bar:
@@ -206,13 +208,13 @@ class Evaluation:
         logits = self.forward(label, prompt, prompt.ids.shape[1] - start).cpu()
         return (logits[at - 1 - start].argmax(-1) == prompt.ids[0, at]).float().mean().item()
 
-    def look(self, length: int, spec: Spec) -> None:
+    def look(self, length: int, spec: Spec, draw: bool) -> None:
         """Each layer's density, error and kept mass, on what the model attends to when dense."""
         cell = self.cell(length, spec.label)
         if "refused" in cell:
             cell["layers"] = None
             return
-        look = Look(spec, self.args.layer)
+        look = Look(spec, self.args.layer if draw and spec.method.name != "dense" else None)
         register_function(look, "evaluate_look")
         self.model.set_attn_implementation("evaluate_look")
         ids = self.source.plain(length).ids.to(self.model.device)
@@ -246,8 +248,8 @@ class Evaluation:
 class Look:
     """An attention function that is dense, and measures what a method would do instead."""
 
-    def __init__(self, spec: Spec, layer: int) -> None:
-        self.spec, self.drawn = spec, layer
+    def __init__(self, spec: Spec, layer: int | None) -> None:
+        self.spec, self.drawn = spec, layer  # whose heads are drawn; None: no pictures
         self.layers: dict[int, dict[str, Any]] = {}
         self.fallback: str | None = None
         self.heads: Any = None  # cells of the heads of the layer that is drawn
@@ -271,6 +273,8 @@ class Look:
         except (NotImplementedError, AttributeError, TypeError):  # a method without lists
             return dense
         found["recall"], found["pairs"] = recall.tolist(), pairs.tolist()
+        if self.drawn is None:
+            return dense
         cells = torch.stack(mass.cells(query, key, selection, scale)).cpu()
         self.means[layer] = cells.mean(1)
         if layer == self.drawn or self.heads is None:
