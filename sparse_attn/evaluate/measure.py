@@ -38,7 +38,7 @@ def main(args: argparse.Namespace) -> None:
     except ValueError as error:
         raise SystemExit(f"--methods: {error}") from error
     lengths = sorted(set(args.lengths))
-    text = corpus(args.text).decode(errors="replace")
+    text = read_text(args)
     results = open_results(args)
     model, source = load(args, text)
     try:  # before anything is measured
@@ -73,6 +73,10 @@ def open_results(args: argparse.Namespace) -> dict[str, Any]:
             f"--out: {path} holds results with another {', '.join(other)}; give another folder"
         )
     return found
+
+
+def read_text(args: argparse.Namespace) -> str:
+    return corpus(args.text).decode(errors="replace")
 
 
 def device_of(args: argparse.Namespace) -> str:
@@ -119,6 +123,20 @@ def prompts_of(maker: Maker, n_depths: int) -> dict[str, Callable[[], Prompt]]:
     return made | {task: lambda task=task: maker.task(task) for task in TASKS}
 
 
+def last_logits(model: Any, prompt: Prompt, keep: int) -> torch.Tensor:
+    """Logits of the last `keep` tokens, [keep, vocabulary]."""
+    ids = prompt.ids.to(model.device)
+    return model(input_ids=ids, use_cache=False, logits_to_keep=keep).logits[0]
+
+
+def bits(model: Any, prompt: Prompt) -> float:
+    """Bits per token of the last `SCORED` tokens, given all before them."""
+    n = min(SCORED, prompt.ids.shape[1] - 1)
+    logits = last_logits(model, prompt, n + 1)[:-1]
+    target = prompt.ids[0, -n:].to(logits.device)
+    return F.cross_entropy(logits.float(), target).item() / math.log(2)
+
+
 class Evaluation:
     """What is measured, by length and method; a piece that is there is not measured again."""
 
@@ -131,10 +149,12 @@ class Evaluation:
         results["machine"] = machine(model.device)
         self.probes = {BASELINE: Probe(None)}
         for spec in specs:
-            self.probes[spec.label] = Probe(spec.method, spec.layers, fallback=False)
+            self.probes[spec.label] = Probe(*spec.settings, fallback=False)
             results["methods"][spec.label] = {
-                "config": repr(spec.method), "family": spec.family, "setting": spec.setting,
-            }  # fmt: skip
+                "config": repr(spec.settings.method),
+                "family": spec.family,
+                "setting": spec.setting,
+            }
         for i, probe in enumerate(self.probes.values()):
             register_probe(probe, f"evaluate_{i}")
 
@@ -168,9 +188,11 @@ class Evaluation:
 
     def forward(self, label: str, prompt: Prompt, keep: int) -> torch.Tensor:
         """Logits of the last `keep` tokens, with a method."""
+        self.switch(label)
+        return last_logits(self.model, prompt, keep)
+
+    def switch(self, label: str) -> None:
         self.model.set_attn_implementation(f"evaluate_{list(self.probes).index(label)}")
-        ids = prompt.ids.to(self.model.device)
-        return self.model(input_ids=ids, use_cache=False, logits_to_keep=keep).logits[0]
 
     def tasks(self, length: int, label: str) -> None:
         """Bits per token of text, and the share of right answers in each task."""
@@ -179,7 +201,8 @@ class Evaluation:
             prompt = make()
             try:
                 if name == "text":
-                    cell["bits"] = self.bits(label, prompt)
+                    self.switch(label)
+                    cell["bits"] = bits(self.model, prompt)
                     continue
                 share = self.answered(label, prompt)
             except NotImplementedError as error:
@@ -195,12 +218,6 @@ class Evaluation:
     def maker(self, length: int) -> Maker:
         return Maker(self.source, length, self.args.samples)
 
-    def bits(self, label: str, prompt: Prompt) -> float:
-        n = min(SCORED, prompt.ids.shape[1] - 1)
-        logits = self.forward(label, prompt, n + 1)[:-1]
-        target = prompt.ids[0, -n:].to(logits.device)
-        return F.cross_entropy(logits.float(), target).item() / math.log(2)
-
     def answered(self, label: str, prompt: Prompt) -> float:
         """Share of the answers' tokens that are most likely, given the right ones before."""
         at = torch.tensor([i for answer in prompt.answers for i in answer])
@@ -214,7 +231,9 @@ class Evaluation:
         if "refused" in cell:
             cell["layers"] = None
             return
-        look = Look(spec, self.args.layer if draw and spec.method.name != "dense" else None)
+        look = Look(
+            spec, self.args.layer if draw and spec.settings.method.name != "dense" else None
+        )
         register_function(look, "evaluate_look")
         self.model.set_attn_implementation("evaluate_look")
         ids = self.source.plain(length).ids.to(self.model.device)
@@ -256,7 +275,7 @@ class Look:
         self.means: dict[int, Any] = {}  # by layer, cells that are means over heads
 
     def __call__(self, query, key, value, layer: int | None, causal: bool, scale: float | None):
-        config = self.spec.of(layer)
+        config = self.spec.settings.of(layer)
         options = {"causal": causal, "scale": scale}
         dense = api.attention(query, key, value, Dense(), **options)
         out, stats = api.attention(

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import sdpa_mask
 
-from .. import api
+from .. import api, settings
 from ..methods import resolve
 from ..methods.dense import Dense
 from ..ops.block_sparse_attention import op as block_sparse_attention
@@ -36,7 +37,8 @@ def register(
 
     Args:
         method: a name or a config, for calls with several queries: prefill, whole or in chunks.
-            Prompts below the method's crossover take its dense path.
+            Prompts below the method's crossover take its dense path. Or a file of methods by
+            layer, "NAME.json", that `calibrate` wrote.
         name: what `model.set_attn_implementation` takes; a name for each model that shall have
             options of its own.
         decode: the method for calls with one query.
@@ -56,8 +58,10 @@ def register(
             f"register: got {unknown}, expected decode, layers, backend or fallback; a method's "
             "fields go into its config, for example register(FlexPrefill(gamma=0.9))"
         )
-    prefill, decoding = resolve(method), resolve(decode)
-    of_layer = {}
+    prefill, of_layer = method, {}
+    if isinstance(method, (str, Path)) and str(method).endswith(".json"):
+        prefill, of_layer = settings.read(method)
+    prefill, decoding = resolve(prefill), resolve(decode)
     for layer, given in (layers or {}).items():
         if not isinstance(layer, int) or layer < 0:
             raise ValueError(f"layers: got layer {layer!r}, expected whole numbers from 0")

@@ -8,7 +8,7 @@ import copy
 import pytest
 import torch
 
-from sparse_attn import Dense, FlexPrefill, api
+from sparse_attn import Dense, FlexPrefill, api, settings
 from sparse_attn.methods import METHODS
 from tests.cases import FLOOR, assert_as_accurate
 
@@ -178,6 +178,16 @@ def test_methods_by_layer_and_phase(ids, used):
     integration.register("dense", "phases", decode=EVERYTHING)
     model.generate(ids, max_new_tokens=2, do_sample=False)
     assert used == [(Dense(), TOKENS)] * 2 + [(EVERYTHING, 1)] * 2
+
+
+def test_a_file_of_methods_by_layer(ids, used, tmp_path):
+    small = FlexPrefill(gamma=0.5, min_budget=16, block_size=16)
+    settings.write(tmp_path / "mine.json", settings.Settings(small, {1: Dense()}))
+    integration.register(tmp_path / "mine.json", "filed", fallback=False)
+    logits(build("llama"), "filed", ids)
+    integration.register(str(tmp_path / "mine.json"), "filed", layers={0: EVERYTHING})
+    logits(build("llama"), "filed", ids)
+    assert [config for config, _ in used] == [small, Dense(), EVERYTHING, Dense()]
 
 
 def test_each_model_has_its_own_method(ids, used):
