@@ -24,6 +24,7 @@ from ..methods.dense import Dense
 from ..plot import plot_mass
 from ..probe import BASELINE, Probe, clock, register_probe
 from .memory import peak_of
+from .points import markdown, operating_points
 from .prompts import TASKS, Maker, Source, depths
 from .report import write_report
 from .specs import Spec, defaults, parse
@@ -49,6 +50,8 @@ def main(args: argparse.Namespace) -> None:
         raise SystemExit(f"--lengths or --text: {error}") from error
     evaluation = Evaluation(model, source, specs, args, results)
     evaluation.run(lengths)
+    print(f"At {lengths[-1]:,} tokens, the fastest settings within the limits of the report:\n")
+    print(markdown(operating_points(results, lengths[-1])))
     print(write_report(results, args.out))
 
 

@@ -11,14 +11,26 @@ from typing import Any
 
 from ..plot import plot_density, plot_heads, plot_needles, plot_pareto, plot_time
 from ..probe import BASELINE
+from .points import (
+    FEWER_NEEDLES,
+    HEAD,
+    MORE_BITS,
+    bits_lost,
+    density,
+    mean_needles,
+    measured,
+    needles_lost,
+    operating_points,
+    within_limits,
+)
 from .prompts import TASKS
 
-MORE_BITS, FEWER_NEEDLES = 0.01, 0.01  # what a method may lose at an operating point
 STYLE = """
 :root { color-scheme: light; }
 body { font: 15px/1.5 system-ui, sans-serif; color: #1b1b1b; background: #fff;
   max-width: 1120px; margin: 2rem auto; padding: 0 1rem; }
 h1 { font-size: 1.7rem; margin-bottom: .2rem; } h2 { margin-top: 2.4rem; font-size: 1.25rem; }
+h3 { font-size: 1rem; }
 p.note, figcaption { color: #555; font-size: .9rem; }
 .wide { overflow-x: auto; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: .9rem; }
@@ -60,7 +72,7 @@ def report(results: dict[str, Any], out: Path) -> str:
     ]
     links = "".join(f'<a href="#{i}">{escape(title)}</a>' for i, title, _ in sections)
     body = "".join(f'<h2 id="{i}">{escape(t)}</h2>\n{html}\n' for i, t, html in sections)
-    title = f"Sparse attention in {Path(settings['model']).name}"
+    title = f"Sparse attention in {'/'.join(Path(settings['model']).parts[-2:])}"
     return (
         '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
@@ -110,34 +122,10 @@ def note(text: str) -> str:
     return f'<p class="note">{escape(text)}</p>'
 
 
-def mean_needles(cell: dict[str, Any]) -> float:
-    return statistics.mean(cell["needles"].values())
-
-
-def density(cell: dict[str, Any]) -> float:
-    """Mean over the layers in which the method is used; 1 for dense attention."""
-    found = [layer["density"] for layer in cell.get("layers") or [] if layer]
-    return statistics.mean(found) if found else 1.0
-
-
 def signed(x: float, digits: int) -> str:
     """With its sign; nothing is neither more nor less."""
     x = round(x, digits)
     return f"{x:+.{digits}f}" if x else f"{0:.{digits}f}"
-
-
-def measured(results: dict[str, Any], length: int) -> dict[str, dict[str, Any]]:
-    """The complete cells of a length, the baseline first."""
-    cells = results["cells"][str(length)]
-    return {k: v for k, v in cells.items() if v.get("prefill") and v.get("bits") is not None}
-
-
-def operating_point(cell: dict[str, Any], base: dict[str, Any]) -> bool:
-    """Whether a method loses less than `MORE_BITS` and `FEWER_NEEDLES`."""
-    return (
-        cell["bits"] - base["bits"] < MORE_BITS
-        and mean_needles(base) - mean_needles(cell) < FEWER_NEEDLES
-    )
 
 
 def summary(results: dict[str, Any], length: int) -> str:
@@ -145,7 +133,7 @@ def summary(results: dict[str, Any], length: int) -> str:
     base = cells[BASELINE]
     rows = []
     for label, cell in cells.items():
-        within = operating_point(cell, base)
+        within = within_limits(cell, base)
         kind = "base" if label == BASELINE else "good" if within else ""
         found = [layer["recall"] for layer in cell.get("layers") or [] if layer]
         recall = [x for heads in found if heads for x in heads]
@@ -155,9 +143,9 @@ def summary(results: dict[str, Any], length: int) -> str:
             f"{base['prefill'] / cell['prefill']:.2f}×",
             f"{base['attention'] / cell['attention']:.2f}×",
             f"{cell['bits']:.4f}",
-            signed(cell["bits"] - base["bits"], 4),
+            signed(bits_lost(cell, base), 4),
             f"{mean_needles(cell):.1%}",
-            signed(100 * (mean_needles(cell) - mean_needles(base)), 1),
+            signed(-needles_lost(cell, base), 1),
             f"{statistics.mean(recall):.1%}" if recall else "–",
             "yes" if within and label != BASELINE else "–" if label == BASELINE else "no",
         ]))  # fmt: skip
@@ -168,37 +156,38 @@ def summary(results: dict[str, Any], length: int) -> str:
         "attention alone). Density: share of the causal blocks computed, mean over layers. "
         "Needles: share of the planted digits that the model finds most likely. Within limits: "
         f"bits per token rise by less than {MORE_BITS:g} and needles fall by less than "
-        f"{100 * FEWER_NEEDLES:g} point."
+        f"{FEWER_NEEDLES:g} point."
     )
-    cells = results["cells"][str(length)]
-    for label, cell in cells.items():
+    text += "<h3>The fastest setting of each method within the limits</h3>" + table(
+        HEAD, [("", row) for row in operating_points(results, length)]
+    )
+    forced: dict[str, list[str]] = {}
+    for label, cell in results["cells"][str(length)].items():
         if "refused" in cell:
             text += note(f"{label} was not measured: {cell['refused']}")
         elif cell.get("fallback"):
-            text += note(
-                f"{label} was forced. By default attention() takes the dense path here: "
-                f"{cell['fallback']}."
-            )
+            forced.setdefault(cell["fallback"], []).append(label)
+    for reason, labels in forced.items():
+        text += note(
+            f"Forced here: {'; '.join(labels)}. By default attention() takes the dense path at "
+            f"this length: {reason}."
+        )
     return text
 
 
 def trade(results: dict[str, Any], length: int) -> str:
     cells = measured(results, length)
     base = cells[BASELINE]
+    names = series({k: results["methods"][k] for k in cells if k != BASELINE})
     points: dict[str, dict[str, list[tuple[float, float, str]]]] = {"bits": {}, "needles": {}}
-    for label, cell in cells.items():
-        if label == BASELINE:
-            continue
-        method = results["methods"][label]
-        speed = base["attention"] / cell["attention"]
-        lost = 100 * (mean_needles(base) - mean_needles(cell))
-        for what, y in (("bits", cell["bits"] - base["bits"]), ("needles", lost)):
-            points[what].setdefault(method["family"], []).append((speed, y, method["setting"]))
+    for label, (name, setting) in names.items():
+        speed = base["attention"] / cells[label]["attention"]
+        for what, lost in (("bits", bits_lost), ("needles", needles_lost)):
+            point = (speed, lost(cells[label], base), setting)
+            points[what].setdefault(name, []).append(point)
     title = f"Quality against speed, prompt of {length:,} tokens"
-    lost = plot_pareto(brief(points["bits"]), title, "bits per token lost", BASELINE, MORE_BITS)
-    missed = plot_pareto(
-        brief(points["needles"]), title, "needles lost (points)", BASELINE, 100 * FEWER_NEEDLES
-    )
+    lost = plot_pareto(points["bits"], title, "bits per token lost", BASELINE, MORE_BITS)
+    missed = plot_pareto(points["needles"], title, "needles lost (points)", BASELINE, FEWER_NEEDLES)
     return pair(
         picture(
             lost,
@@ -209,14 +198,25 @@ def trade(results: dict[str, Any], length: int) -> str:
     )
 
 
-def brief(points: dict[str, list[tuple[float, float, str]]]) -> dict[str, Any]:
-    """The settings of a family without what all of them share."""
+def series(methods: dict[str, dict[str, str]]) -> dict[str, tuple[str, str]]:
+    """By label the line that it belongs to and its place there.
+
+    A line has one method and the same options; what all its settings share is in its name.
+    """
+    groups: dict[tuple[str, ...], dict[str, list[str]]] = {}
+    for label, method in methods.items():
+        options = [] if method["setting"] == "defaults" else method["setting"].split(",")
+        key = (method["family"], *(option.partition("=")[0] for option in options))
+        groups.setdefault(key, {})[label] = options
     found = {}
-    for family, given in points.items():
-        parts = [setting.split(",") for _, _, setting in given]
-        shared = set(parts[0]).intersection(*parts[1:])
-        texts = [", ".join(x for x in part if x not in shared) for part in parts]
-        found[family] = [(x, y, text) for (x, y, _), text in zip(given, texts, strict=True)]
+    for (family, *_), members in groups.items():
+        shared = set.intersection(*map(set, members.values())) if len(members) > 1 else set()
+        for label, options in members.items():
+            name = ", ".join([family, *(option for option in options if option in shared)])
+            found[label] = (name, ", ".join(o for o in options if o not in shared))
+        if len(members) == 1:  # a point by itself needs no label beside it
+            (label,) = members
+            found[label] = (label, "")
     return found
 
 
@@ -305,14 +305,14 @@ def layers(results: dict[str, Any], length: int) -> str:
         "difference from dense attention over the norm of that. Mass kept: share of the attention "
         "on computed keys, mean over queries."
     )
+    figures = []
     for label, cell in cells.items():
         recall = [layer["recall"] for layer in cell["layers"] if layer and layer["recall"]]
         if recall and label != "dense":
-            text += picture(
-                plot_heads(recall, f"{label}\nattention mass kept, prompt of {length:,} tokens"),
-                f"{label}: attention mass kept by each head of each layer.",
-            )
-    return text
+            title = f"{label}\nattention mass kept, prompt of {length:,} tokens"
+            caption = f"{label}: attention mass kept by each head of each layer."
+            figures.append(picture(plot_heads(recall, title), caption))
+    return text + pair(*figures)
 
 
 def maps(results: dict[str, Any], length: int, out: Path) -> str:

@@ -116,7 +116,7 @@ def plot_needles(
         axis.set_yticks(range(len(depths)), [f"{100 * d:.0f}" for d in depths], fontsize=7)
         axis.set_xlabel("prompt length (tokens)", fontsize=8)
         axis.set_ylabel("depth of the needle (%)", fontsize=8)
-    bar = made.colorbar(image, ax=axes, fraction=0.03)
+    bar = made.colorbar(image, ax=axes, fraction=0.03, aspect=30)
     bar.ax.yaxis.set_major_formatter(lambda x, _: f"{100 * x:.0f}")
     bar.set_label("digits found (%)")
     made.suptitle("Needles found, by depth and length")
