@@ -19,6 +19,12 @@ TOKENS = 36
 WINDOW = 8  # of the layers that slide
 LENGTHS = (TOKENS, 21)
 EVERYTHING = FlexPrefill(gamma=1.0, tau=0.0, min_budget=1 << 20, block_size=16)
+FULL_BUDGET = {  # options with which a method keeps everything
+    "dense": {},
+    "sale": {"threshold": 0.0, "min_length": 0},
+    "hip": {"budget": 1 << 16, "sink": 0, "window": 0},
+    "infinite_hip": {"keeps": (1 << 16,) * 3, "sink": 0, "window": 0},
+}
 SIZES = {
     "vocab_size": 48, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
     "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8,
@@ -91,6 +97,15 @@ def test_logits(model, name, ids, side):
     real = torch.ones(2, TOKENS).bool() if side is None else padding(side).bool()
     given = None if side is None else padding(side)
     assert_same_logits(model, name, lambda m, n: logits(m, n, ids, attention_mask=given)[real])
+
+
+@pytest.mark.parametrize("method", [name for name in METHODS if name in FULL_BUDGET])
+def test_every_method_at_its_full_budget(model, ids, method):
+    integration.register(METHODS[method](**FULL_BUDGET[method]), "full", fallback=False)
+    real = padding("left")
+    assert_same_logits(
+        model, "full", lambda m, n: logits(m, n, ids, attention_mask=real)[real.bool()]
+    )
 
 
 @pytest.mark.parametrize("beams", [1, 3])
