@@ -307,8 +307,10 @@ def layers(results: dict[str, Any], length: int) -> str:
     )
     figures = []
     for label, cell in cells.items():
-        recall = [layer["recall"] for layer in cell["layers"] if layer and layer["recall"]]
-        if recall and label != "dense":
+        found = [layer["recall"] if layer else None for layer in cell["layers"]]
+        if any(found) and label != "dense":
+            unknown = [float("nan")] * len(next(filter(None, found)))
+            recall = [heads or unknown for heads in found]
             title = f"{label}\nattention mass kept, prompt of {length:,} tokens"
             caption = f"{label}: attention mass kept by each head of each layer."
             figures.append(picture(plot_heads(recall, title), caption))

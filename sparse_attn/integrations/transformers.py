@@ -50,7 +50,7 @@ def register(
     soon as there are more keys than that. Any other mask, a soft cap, sinks, dropout and paged
     caches raise NotImplementedError; a layer that the model lacks raises ValueError in its first
     call. Masks are read on the host, which torch.compile(fullgraph=True) refuses: compile without
-    it or pass no padding.
+    fullgraph.
     """
     unknown = sorted(set(options) - {"backend", "fallback"})
     if unknown:

@@ -224,6 +224,24 @@ def test_a_model_with_a_tokenizer(tmp_path):
     assert found["cells"]["300"]["sdpa"]["bits"] > 0
 
 
+def test_layers_that_use_no_method(tmp_path):
+    """Those with a sliding window: the others keep their numbers."""
+    prepare(tmp_path)
+    config = transformers.Qwen2Config(
+        vocab_size=256, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, sliding_window=64, use_sliding_window=True,
+        layer_types=["sliding_attention", "full_attention"], initializer_range=0.4,
+    )  # fmt: skip
+    transformers.Qwen2ForCausalLM(config).save_pretrained(tmp_path / "model")
+    found = evaluate(tmp_path, "--lengths", 400, "--methods", SMALL)
+    sliding, full = found["cells"]["400"][SMALL]["layers"]
+    assert sliding is None and 0 < full["density"] < 1
+    page = Page((tmp_path / "out" / "report.html").read_text())
+    rows = [row for row in page.rows if row[:2] in ([SMALL, "0"], [SMALL, "1"])]
+    assert rows[0][2:] == ["sliding window", "–", "–", "–"]
+    assert rows[1][2] == f"{full['density']:.1%}"
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
