@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from .block_index import BlockIndex
 from .methods import Selection
 
 ROWS = 256  # queries looked at, evenly spaced, and at a time
@@ -13,9 +14,11 @@ def allowed(
     selection: Selection, rows: torch.Tensor, n_queries: int, n_keys: int, causal: bool = True
 ) -> torch.Tensor:
     """Which keys the queries `rows` (int64 [R]) attend to, bool [B, H', R, Tk]."""
-    index, sink, window = selection
+    (indices, counts, q_block, kv_block), sink, window = selection
     keys = torch.arange(n_keys, device=rows.device)
-    mask = index.to_mask(n_keys)[:, :, rows // index.q_block][..., keys // index.kv_block]
+    at = rows // q_block  # the lists of these queries alone: a whole mask can be large
+    listed = BlockIndex(indices[:, :, at], counts[:, :, at], q_block, kv_block).to_mask(n_keys)
+    mask = listed[..., keys // kv_block]
     behind = n_keys - n_queries + rows[:, None] - keys
     mask = mask | (keys < sink) | ((behind >= 0) & (behind < window))
     return mask & (behind >= 0) if causal else mask
@@ -59,7 +62,7 @@ def cells(
     """The attention of the first sequence on a grid of at most size x size cells.
 
     Returns (mass, kept), float32 [Hq, n, m]: the share of a query's attention that lies in a
-    cell, mean over up to 16 queries of each row of cells, and the part of it on chosen keys.
+    cell, mean over up to 8 queries of each row of cells, and the part of it on chosen keys.
     """
     n_queries, n_keys = query.shape[2], key.shape[2]
     n, m = min(size, n_queries), min(size, n_keys)
@@ -67,7 +70,7 @@ def cells(
     found = []
     for i in range(n):
         begin, end = -(-i * n_queries // n), -(-(i + 1) * n_queries // n)
-        rows = torch.linspace(begin, end - 1, min(16, end - begin), device=query.device).long()
+        rows = torch.linspace(begin, end - 1, min(8, end - begin), device=query.device).long()
         mask = allowed(selection, rows, n_queries, n_keys)[0]
         mask = mask.repeat_interleave(query.shape[1] // mask.shape[0], 0)
         mass = shares(query[:1], key[:1], rows, scale)[0]
