@@ -99,6 +99,17 @@ def test_logits(model, name, ids, side):
     assert_same_logits(model, name, lambda m, n: logits(m, n, ids, attention_mask=given)[real])
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("family", ["llama", "gemma3"])
+def test_half_precision(name, ids, family, dtype):
+    model, real = build(family, initializer_range=0.2).to(dtype), padding("left")
+    exact = logits(copy.deepcopy(model).double(), "sdpa", ids, attention_mask=real)
+    dense, got = (logits(model, n, ids, attention_mask=real) for n in ("sdpa", name))
+    assert got.dtype == dtype
+    real = real.bool()
+    assert_as_accurate(got[real], exact[real], dense[real], FLOOR[dtype])
+
+
 @pytest.mark.parametrize("method", [name for name in METHODS if name in FULL_BUDGET])
 def test_every_method_at_its_full_budget(model, ids, method):
     integration.register(METHODS[method](**FULL_BUDGET[method]), "full", fallback=False)
