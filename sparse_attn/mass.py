@@ -7,7 +7,8 @@ import torch
 from .block_index import BlockIndex
 from .methods import Selection
 
-ROWS = 256  # queries looked at, evenly spaced, and at a time
+ROWS = 256  # queries looked at, evenly spaced
+SCORES = 1 << 26  # at a time
 
 
 def allowed(
@@ -45,11 +46,16 @@ def kept(
     """
     n_queries, n_keys = query.shape[2], key.shape[2]
     rows = torch.linspace(0, n_queries - 1, min(ROWS, n_queries), device=query.device).long()
-    mask = allowed(selection, rows, n_queries, n_keys)
-    mask = mask.repeat_interleave(query.shape[1] // mask.shape[1], 1)
-    mass = shares(query, key, rows, scale).masked_fill_(~mask, 0).sum(-1).mean((0, 2))
-    seen = (n_keys - n_queries + rows + 1).sum()
-    return mass, (mask.sum((2, 3)).float() / seen).mean(0)
+    mass, pairs = query.new_zeros((2, query.shape[1]), dtype=torch.float32)
+    at_once = max(1, SCORES // (query.shape[0] * query.shape[1] * n_keys))
+    for piece in rows.split(at_once):
+        mask = allowed(selection, piece, n_queries, n_keys)
+        mask = mask.repeat_interleave(query.shape[1] // mask.shape[1], 1)
+        mass += shares(query, key, piece, scale).masked_fill_(~mask, 0).sum((0, 2, 3))
+        pairs += mask.sum((0, 2, 3))
+    batch = query.shape[0]
+    seen = batch * (n_keys - n_queries + rows + 1).sum()
+    return mass / (batch * len(rows)), pairs / seen
 
 
 def cells(

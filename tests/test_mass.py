@@ -25,7 +25,8 @@ def whole(query, key, selection):
 
 @pytest.mark.parametrize("heads", [1, 2, 4])
 @pytest.mark.parametrize("sink, window", [(0, 0), (5, 9)])
-def test_kept(heads, sink, window):
+def test_kept(heads, sink, window, monkeypatch):
+    monkeypatch.setattr(mass, "SCORES", 7 * 2 * 4 * 70)  # seven queries at a time
     shape = Shape(B=2, Hq=4, Hkv=2, Tq=50, Tk=70, D=16, Hi=heads, q_block=16, kv_block=8)
     query, key, _ = inputs(shape)
     selection = Selection(index(shape), sink, window)
