@@ -44,6 +44,7 @@ tr.base td { background: #f4f4f4; } tr.good td { background: #eaf6ef; }
 .pair figure { flex: 1 1 30rem; } figure { margin: 1rem 0; }
 figure img { max-width: 100%; height: auto; }
 nav a { margin-right: 1rem; }
+summary { cursor: pointer; margin: .5rem 0; }
 code { background: #f4f4f4; padding: 0 .25em; }
 """
 
@@ -120,6 +121,11 @@ def image(content: bytes, kind: str, caption: str) -> str:
 
 def note(text: str) -> str:
     return f'<p class="note">{escape(text)}</p>'
+
+
+def folded(title: str, html: str, unfolded: bool = False) -> str:
+    """A part that a click opens and closes."""
+    return f"<details{' open' * unfolded}><summary>{escape(title)}</summary>{html}</details>"
 
 
 def signed(x: float, digits: int) -> str:
@@ -300,7 +306,7 @@ def layers(results: dict[str, Any], length: int) -> str:
                 ]),
             ]))  # fmt: skip
     head = ["method", "layer", "density", "output error", "mass kept", "worst head"]
-    text += table(head, rows) + note(
+    text += folded("Every layer in numbers", table(head, rows)) + note(
         "Each layer by itself, on the inputs it has in the dense model. Output error: norm of the "
         "difference from dense attention over the norm of that. Mass kept: share of the attention "
         "on computed keys, mean over queries."
@@ -318,14 +324,18 @@ def layers(results: dict[str, Any], length: int) -> str:
 
 
 def maps(results: dict[str, Any], length: int, out: Path) -> str:
-    text = ""
+    text, shown = "", set()
     for label, cell in measured(results, length).items():
-        for name in cell.get("maps") or []:
-            caption = (
-                f"{label}: blue is attention on computed keys, red on keys left out; white is "
-                "little attention."
-            )
-            text += image((out / name).read_bytes(), "image/png", caption)
+        names = cell.get("maps") or []
+        caption = (
+            f"{label}: blue is attention on computed keys, red on keys left out; white is little "
+            "attention."
+        )
+        images = "".join(image((out / name).read_bytes(), "image/png", caption) for name in names)
+        if names:
+            family = results["methods"][label]["family"]
+            text += folded(label, images, unfolded=family not in shown)
+            shown.add(family)
     return text or note("No method has a map.")
 
 
