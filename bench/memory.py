@@ -5,37 +5,18 @@ Measured in a process of its own, where nothing freed earlier can serve the call
 
 from __future__ import annotations
 
-import ctypes
-import os
 import subprocess
 import sys
 from pathlib import Path
 
 import torch
 
+from sparse_attn.evaluate.memory import forget_peak, resident
 from sparse_attn.ops.flex_prefill_attention import op
 
 from .inputs import gen
 
 HEADS, DIM = 8, 128
-CLEAR_REFS = "/proc/self/clear_refs"
-MEASURABLE = os.access(CLEAR_REFS, os.W_OK)
-
-
-def resident(field: str) -> int:
-    """VmRSS, resident bytes now, or VmHWM, the most there were."""
-    lines = Path("/proc/self/status").read_text().split("\n")
-    return int(next(x for x in lines if x.startswith(field + ":")).split()[1]) * 1024
-
-
-def forget_peak() -> int:
-    """Lets VmHWM start again from the bytes resident now, which it returns."""
-    ctypes.CDLL(None).malloc_trim(0)  # pages that malloc keeps could serve the call unseen
-    Path(CLEAR_REFS).write_text("5")
-    before = resident("VmRSS")
-    if resident("VmHWM") > before + (1 << 20):
-        raise OSError(f"{CLEAR_REFS} does not reset the peak on this system")
-    return before
 
 
 def measure(length: int, key_heads: int) -> float:

@@ -1,4 +1,4 @@
-"""`python -m sparse_attn info | demo | squeeze`."""
+"""`python -m sparse_attn info | demo | evaluate | calibrate | squeeze`."""
 
 from __future__ import annotations
 
@@ -11,19 +11,22 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m sparse_attn", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("info", help="what this installation can run")
-    from . import demo
+    from . import calibrate, demo, evaluate
     from .squeezed import cli as squeeze
 
-    for name, part, what in (
-        ("demo", demo, "a long text through a small language model"),
-        ("squeeze", squeeze, "prepare a text once, then generate behind it (Squeezed Attention)"),
-    ):
+    parts = {
+        "demo": (demo, "a long text through a small language model"),
+        "evaluate": (evaluate, "what methods cost and gain in a model: a report"),
+        "calibrate": (calibrate, "searches a method's option layer by layer"),
+        "squeeze": (squeeze, "prepares a text once, then generates behind it"),
+    }
+    for name, (part, what) in parts.items():
         part.add_arguments(commands.add_parser(name, help=what))
     args = parser.parse_args(argv)
     if args.command == "info":
         print(info())
     else:
-        {"demo": demo.run, "squeeze": squeeze.run}[args.command](args)
+        parts[args.command][0].run(args)
 
 
 if __name__ == "__main__":

@@ -2,8 +2,9 @@
 
 import pytest
 
-from bench.memory import HEADS, MEASURABLE, measure_elsewhere
+from bench.memory import HEADS, measure_elsewhere
 from sparse_attn import cpu_isa
+from sparse_attn.evaluate.memory import MEASURABLE
 
 
 @pytest.mark.skipif(not MEASURABLE, reason="needs Linux's /proc/self/clear_refs")

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from sparse_attn.evaluate.memory import MEASURABLE
+
 from ..harness import Report
-from ..memory import DIM, HEADS, MEASURABLE, measure_elsewhere
+from ..memory import DIM, HEADS, measure_elsewhere
 
 TOKENS = 131072
 

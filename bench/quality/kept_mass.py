@@ -20,6 +20,7 @@ from tqdm import tqdm
 from bench.harness import hardware
 from bench.quality.model import model_inputs
 from sparse_attn import METHODS
+from sparse_attn.mass import allowed
 
 RESULTS = Path(__file__).parents[1] / "results"
 SWEEPS = {
@@ -29,16 +30,6 @@ SWEEPS = {
 }
 BEST = (0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.6)  # densities of the exact best choices
 BLOCK = (64, 32)
-
-
-def allowed(selection, rows, n_keys):
-    """[H', rows, Tk] bool: which keys the queries `rows` of a square prompt attend to."""
-    index = selection.index
-    mask = index.to_mask(n_keys)[0]
-    keys = torch.arange(n_keys)
-    mask = mask[:, rows // index.q_block][..., keys // index.kv_block]
-    behind = rows[:, None] - keys
-    return (mask | (keys < selection.sink) | (behind < selection.window)) & (behind >= 0)
 
 
 def to_blocks(x):
@@ -91,7 +82,7 @@ def measure(query, key, chunk=512):
         later = torch.arange(n_keys) > rows[:, None]
         mass = scores.masked_fill_(later, -torch.inf).softmax(-1)
         for which, selection in selections.items():
-            mask = allowed(selection, rows, n_keys)
+            mask = allowed(selection, rows, n_keys, n_keys)[0]
             mask = mask.repeat_interleave(heads // mask.shape[0], 0)
             pairs[which] += mask.sum().item()
             mass_kept[which] += mass.masked_fill(~mask, 0).sum().item()

@@ -6,59 +6,20 @@ import argparse
 import math
 import statistics
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from tqdm import tqdm
-from transformers import AttentionInterface, AttentionMaskInterface, LlamaForCausalLM
-from transformers.masking_utils import sdpa_mask
+from transformers import LlamaForCausalLM
 
-from .. import METHODS, api
-from ..integrations.transformers import register_function
+from .. import METHODS, api, mass
+from ..plot import plot_mass
+from ..probe import BASELINE, Probe, register_probe
 from .text import Prompt, corpus, prompt
 
-BASELINE = "sdpa"
 PICTURE_LAYER = 1
-
-
-class Probe:
-    """An attention function that times itself and, when asked, records densities and inputs."""
-
-    def __init__(self, config: Any) -> None:
-        self.config = config
-        self.seconds = 0.0
-        self.densities: list[float] = []
-        self.fallback: str | None = None
-        self.recorded: list[tuple[torch.Tensor, torch.Tensor]] = []
-        self.record = False
-
-    def __call__(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, **kwargs: Any):
-        start = time.perf_counter()
-        result = api.attention(query, key, value, self.config, return_stats=self.record, **kwargs)
-        self.seconds += time.perf_counter() - start
-        if not self.record:
-            return result
-        out, stats = result
-        self.densities.append(stats.density)
-        self.fallback = stats.fallback
-        self.recorded.append((query, key))
-        return out
-
-
-def timed_baseline(probe: Probe) -> Callable[..., Any]:
-    """Transformers' own `sdpa`, timed in the same way."""
-    sdpa = AttentionInterface()[BASELINE]
-
-    def forward(*args: Any, **kwargs: Any) -> Any:
-        start = time.perf_counter()
-        result = sdpa(*args, **kwargs)
-        probe.seconds += time.perf_counter() - start
-        return result
-
-    return forward
 
 
 def register_all(wanted: list[str] | None) -> dict[str, Probe]:
@@ -72,12 +33,9 @@ def register_all(wanted: list[str] | None) -> dict[str, Probe]:
         raise SystemExit(
             "--method: squeezed works behind a prepared context: python -m sparse_attn squeeze run"
         )
-    probes = {BASELINE: Probe(None)}
-    AttentionInterface.register(f"demo_{BASELINE}", timed_baseline(probes[BASELINE]))
-    AttentionMaskInterface.register(f"demo_{BASELINE}", sdpa_mask)
-    for name in names:
-        probes[name] = Probe(METHODS[name]())
-        register_function(probes[name], f"demo_{name}")
+    probes = {BASELINE: Probe(None), **{name: Probe(METHODS[name]()) for name in names}}
+    for name, probe in probes.items():
+        register_probe(probe, f"demo_{name}")
     return probes
 
 
@@ -186,25 +144,27 @@ def print_table(rows: list[dict[str, Any]], probes: dict[str, Probe]) -> None:
 
 
 def picture(probes: dict[str, Probe], out: Path) -> None:
-    """Draws what each method chose in one layer at the longest prompt."""
+    """Draws what each method chose in one layer at the longest prompt, over the attention there."""
     for name, probe in probes.items():
         if probe.config is None or name == "dense":
             continue
         layer = min(PICTURE_LAYER, len(probe.recorded) - 1)
         query, key = probe.recorded[layer]
         try:
-            index = api.select(query, key, probe.config)
+            selection = probe.config.select(query, key)
         except NotImplementedError as error:  # a method without a list of blocks
             print(f"no picture: {error}")
             continue
-        figure = index.plot(query.shape[2], key.shape[2])
+        whole, part = mass.cells(query, key, selection)
+        shares, _ = mass.kept(query, key, selection)
+        names = [f"head {h}: {share:.1%} kept" for h, share in enumerate(shares.tolist())]
         title = (
-            f"{name}: blocks of {index.q_block} × {index.kv_block} tokens chosen in layer {layer} "
-            f"(of 0–{len(probe.recorded) - 1}), prompt of {key.shape[2]:,} bytes, a token each"
+            f"{name}: heads of layer {layer} (of 0–{len(probe.recorded) - 1}), "
+            f"prompt of {key.shape[2]:,} bytes, a token each"
         )
         if probe.fallback:
             title += f"\nnot used: {probe.fallback}"
-        figure.suptitle(title)
+        figure = plot_mass(whole, part, names, query.shape[2], key.shape[2], title)
         path = out / f"{name}.png"
         figure.savefig(path, dpi=110)
-        print(f"blocks chosen by {name}: {path}")
+        print(f"what {name} computes: {path}")

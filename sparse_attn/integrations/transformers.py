@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
 
 import torch
-from torch.utils.weak import WeakTensorKeyDictionary
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import sdpa_mask
 
-from .. import api
+from .. import api, settings
 from ..methods import resolve
+from ..methods.dense import Dense
+from ..ops.block_sparse_attention import op as block_sparse_attention
+from .masks import Span, spans
 
-ROWS = 128  # of a mask, read at once: a whole comparison would take several times its memory
-KNOWN = WeakTensorKeyDictionary()  # masks in use and what was found in them: layers share a mask
 REFUSED = {
     "softcap": "soft-capped scores; use 'eager'",
     "dropout": "dropout, it is for inference; call model.eval()",
@@ -24,37 +25,66 @@ REFUSED = {
 }
 
 
-class Span(NamedTuple):
-    """The part of a padded sequence that is real: which queries, which keys."""
+def register(
+    method: Any = "flex_prefill",
+    name: str = "sparse_attn",
+    *,
+    decode: Any = "dense",
+    layers: Mapping[int, Any] | None = None,
+    **options: Any,
+) -> None:
+    """Makes `name` an attention implementation of transformers that chooses blocks by a method.
 
-    queries: slice
-    keys: slice
-
-
-def register(method: Any = "flex_prefill", name: str = "sparse_attn", **options: Any) -> None:
-    """Makes `name` an attention implementation that calls `sparse_attn.attention`.
-
-    `method` and `options` (backend, fallback) go to `attention`. Decoding steps and prompts below
-    the method's crossover take its dense path. Register several names for several methods.
+    Args:
+        method: a name or a config, for calls with several queries: prefill, whole or in chunks.
+            Prompts below the method's crossover take its dense path. Or a file of methods by
+            layer, "NAME.json", that `calibrate` wrote.
+        name: what `model.set_attn_implementation` takes; a name for each model that shall have
+            options of its own.
+        decode: the method for calls with one query.
+        layers: methods of single layers in prefill, by number from 0: {0: "dense", 5: "sale"}.
+        options: backend and fallback, as in `attention`.
 
     Served is causal attention with left or right padding, whole or in chunks, with dynamic or
-    static caches; any other mask, a soft cap, sinks, dropout and paged caches raise. Masks are read
-    on the host, which torch.compile(fullgraph=True) refuses: compile without it or pass no padding.
+    static caches. Layers with a sliding window attend exactly to their window, by no method, as
+    soon as there are more keys than that. Any other mask, a soft cap, sinks, dropout and paged
+    caches raise NotImplementedError; a layer that the model lacks raises ValueError in its first
+    call. Masks are read on the host, which torch.compile(fullgraph=True) refuses: compile without
+    fullgraph.
     """
-    config = resolve(method)
     unknown = sorted(set(options) - {"backend", "fallback"})
     if unknown:
         raise TypeError(
-            f"register: got {unknown}, expected backend or fallback; a method's fields go into its "
-            "config, for example register(FlexPrefill(gamma=0.9))"
+            f"register: got {unknown}, expected decode, layers, backend or fallback; a method's "
+            "fields go into its config, for example register(FlexPrefill(gamma=0.9))"
         )
-    register_function(
-        lambda *args, **kwargs: api.attention(*args, config, **options, **kwargs), name
-    )
+    prefill, of_layer = method, {}
+    if isinstance(method, (str, Path)) and str(method).endswith(".json"):
+        prefill, of_layer = settings.read(method)
+    prefill, decoding = resolve(prefill), resolve(decode)
+    for layer, given in (layers or {}).items():
+        if not isinstance(layer, int) or layer < 0:
+            raise ValueError(f"layers: got layer {layer!r}, expected whole numbers from 0")
+        of_layer[layer] = resolve(given)
+
+    def attend(query: torch.Tensor, *args: Any, layer: int | None, **kwargs: Any) -> torch.Tensor:
+        config = decoding if query.shape[2] == 1 else of_layer.get(layer, prefill)
+        return api.attention(query, *args, config, **options, **kwargs)
+
+    register_function(attend, name, max(of_layer, default=-1), options.get("backend"))
 
 
-def register_function(attend: Callable[..., torch.Tensor], name: str) -> None:
-    """Registers `attend(query, key, value, causal=, scale=)` under a name."""
+def register_function(
+    attend: Callable[..., torch.Tensor],
+    name: str,
+    last_layer: int = -1,
+    backend: str | None = None,
+) -> None:
+    """Registers `attend(query, key, value, layer=, causal=, scale=)` under a name.
+
+    `layer` is the number of the layer, None where the model does not tell. Sliding windows are
+    attended to without it, by `backend`. A model that has no layer `last_layer` is refused.
+    """
 
     def forward(
         module: torch.nn.Module,
@@ -65,26 +95,33 @@ def register_function(attend: Callable[..., torch.Tensor], name: str) -> None:
         scaling: float | None = None,
         dropout: float = 0.0,
         is_causal: bool | None = None,
+        sliding_window: int | None = None,
         **kwargs: Any,
     ) -> tuple[torch.Tensor, None]:
         refuse(dropout=dropout or None, **kwargs)
         causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+        layer = layer_of(module, last_layer)
+        window = sliding_window if sliding_window and key.shape[2] > sliding_window else None
+
+        def part(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+            if window is not None:
+                nothing = Dense().select(query, key).index
+                args = (query, key, value, *nothing, True, 0, window, scaling)
+                return block_sparse_attention(*args, backend=backend)[0]
+            return attend(query, key, value, layer=layer, causal=causal, scale=scaling)
+
         n_queries = query.shape[2]
+        if window is not None and not causal:
+            raise NotImplementedError("sliding_window: served for causal attention; use 'sdpa'")
         if attention_mask is None:
             # no mask for several queries and more keys: a preallocated cache, empty until now
             if causal and n_queries > 1:
                 key, value = key[:, :, :n_queries], value[:, :, :n_queries]
-            out = attend(query, key, value, causal=causal, scale=scaling)
+            out = part(query, key, value)
         elif not causal:
             raise NotImplementedError("attention_mask: served for causal attention; use 'sdpa'")
         else:
-            out = query.new_zeros((*query.shape[:3], value.shape[3]))
-            for b, (queries, keys) in enumerate(spans(attention_mask, query, key)):
-                if queries.start == queries.stop:
-                    continue
-                part = query[b : b + 1, :, queries]
-                pair = (x[b : b + 1, :, keys] for x in (key, value))
-                out[b : b + 1, :, queries] = attend(part, *pair, causal=True, scale=scaling)
+            out = by_sequence(part, query, key, value, spans(attention_mask, query, key, window))
         return out.transpose(1, 2).contiguous(), None
 
     AttentionInterface.register(name, forward)
@@ -92,60 +129,41 @@ def register_function(attend: Callable[..., torch.Tensor], name: str) -> None:
     AttentionMaskInterface.register(name, sdpa_mask)
 
 
+def by_sequence(
+    attend: Callable[..., torch.Tensor],
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    found: list[Span],
+) -> torch.Tensor:
+    """Attends with the real part of each sequence; in one call where all have the same."""
+    if all(span == found[0] for span in found):
+        queries, keys = found[0]
+        if queries == slice(0, query.shape[2]):
+            return attend(query, key[:, :, keys], value[:, :, keys])
+    out = query.new_zeros((*query.shape[:3], value.shape[3]))
+    for b, (queries, keys) in enumerate(found):
+        if queries.start < queries.stop:
+            one = (x[b : b + 1, :, at] for x, at in ((query, queries), (key, keys), (value, keys)))
+            out[b : b + 1, :, queries] = attend(*one)
+    return out
+
+
+def layer_of(module: torch.nn.Module, last: int) -> int | None:
+    """The layer's number; ValueError if methods are given for layers the model does not have."""
+    layer = getattr(module, "layer_idx", None)
+    if last >= 0:
+        n_layers = getattr(getattr(module, "config", None), "num_hidden_layers", None)
+        if layer is None or (n_layers is not None and last >= n_layers):
+            raise ValueError(
+                f"layers: a method is given for layer {last}, but the model has "
+                f"{'unnumbered layers' if layer is None else f'the layers 0 to {n_layers - 1}'}"
+            )
+    return layer
+
+
 def refuse(**options: Any) -> None:
     """Raises for what changes the result of attention and is not computed here."""
     for name, what in REFUSED.items():
         if options.get(name) is not None:
             raise NotImplementedError(f"{name}: sparse_attn does not compute {what}")
-
-
-def spans(mask: torch.Tensor, query: torch.Tensor, key: torch.Tensor) -> list[Span]:
-    """Finds the real part of each sequence of a causal mask [B, 1, Tq, Tk] with padding.
-
-    Raises NotImplementedError for any other mask: a sliding window, packed sequences, one per head.
-    """
-    if mask.ndim != 4 or mask.shape[1] != 1:
-        raise NotImplementedError(
-            f"attention_mask: got shape {tuple(mask.shape)}, expected [B, 1, Tq, Tk]: "
-            "sparse_attn takes no mask per head; use 'sdpa'"
-        )
-    if mask.is_inference():  # has no version: a change in place would not be noticed
-        return find_spans(mask, query, key)
-    state = (mask._version, query.shape[0], query.shape[2], key.shape[2])
-    known = KNOWN.get(mask)
-    if known is None or known[0] != state:
-        known = KNOWN[mask] = (state, find_spans(mask, query, key))
-    return known[1]
-
-
-def find_spans(mask: torch.Tensor, query: torch.Tensor, key: torch.Tensor) -> list[Span]:
-    """Reads the mask: `spans` without the check of its shape and without what is known of it."""
-    seen = mask if mask.dtype == torch.bool else mask == 0
-    seen = seen[:, 0, :, : key.shape[2]].expand(query.shape[0], query.shape[2], -1)
-    return [span(rows) for rows in seen]
-
-
-def span(seen: torch.Tensor) -> Span:
-    """Finds the real part of one sequence from what each query sees, bool [Tq, Tk]."""
-    n_queries, n_keys = seen.shape
-    start = end = first = 0
-    valid = seen[-1].nonzero().flatten()
-    if len(valid) > 0:  # otherwise a chunk of padding
-        start, end = int(valid[0]), int(valid[-1]) + 1
-        # the earliest position at which query 0 can stand, from the first query that sees a key
-        row = int(seen[:, start].nonzero()[0])
-        first = start + int(seen[row].sum()) - 1 - row
-    j = torch.arange(n_keys, device=seen.device)
-    real = (j >= start) & (j < end)
-    # queries after the last key are padding only if there are masked keys at their places
-    legal = first + n_queries <= n_keys
-    for i, rows in enumerate(seen.split(ROWS)):
-        stand = first + i * ROWS + torch.arange(len(rows), device=seen.device)
-        legal = legal and torch.equal(rows, real & (j <= stand[:, None]))
-    if not legal:
-        raise NotImplementedError(
-            "attention_mask: sparse_attn serves causal attention with left or right padding; "
-            "this mask is another (sliding window, packed sequences, or holes: without an "
-            "attention_mask transformers hides every pad token of a prompt): use 'sdpa'"
-        )
-    return Span(slice(max(0, start - first), min(n_queries, end - first)), slice(start, end))

@@ -145,11 +145,6 @@ def pages(query: Any, key: Any, value: Any, block_table: Any) -> int:
     return capacity
 
 
-def on_device(name: str, x: torch.Tensor, query: torch.Tensor) -> None:
-    if x.device != query.device:
-        raise ValueError(f"{name}: device is {x.device}, expected {query.device} as query")
-
-
 def integer(name: str, x: Any) -> None:
     if not isinstance(x, (Integral, torch.SymInt)) or isinstance(x, bool):
         raise TypeError(f"{name}: got {x!r}, expected an integer")

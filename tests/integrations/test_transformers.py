@@ -11,6 +11,7 @@ from tests.cases import FLOOR, assert_as_accurate
 
 transformers = pytest.importorskip("transformers")
 integration = pytest.importorskip("sparse_attn.integrations.transformers")
+masks = pytest.importorskip("sparse_attn.integrations.masks")
 
 DEMO_MODEL = Path(__file__).parents[2] / "demo" / "model"
 TOKENS = 40
@@ -117,7 +118,7 @@ def test_generate(model, name, ids, side, cache):
 def test_is_called_and_leaves_no_trace(model, ids):
     shapes = []
 
-    def spy(query, key, value, **options):
+    def spy(query, key, value, layer, **options):
         shapes.append((tuple(query.shape), tuple(key.shape)))
         return api.attention(query, key, value, "dense", **options)
 
@@ -133,7 +134,7 @@ def test_padding_is_cut_off(model, ids):
     """A method never sees a padding token, which could win a block of its budget."""
     shapes = []
 
-    def spy(query, key, value, **options):
+    def spy(query, key, value, layer, **options):
         shapes.append((query.shape[2], key.shape[2]))
         return api.attention(query, key, value, "dense", **options)
 
@@ -185,68 +186,23 @@ def test_additive_causal_mask_is_served(model, name, ids):
     )
 
 
-def test_every_row_of_a_long_mask_is_read():
-    n_queries, n_keys = 2 * integration.ROWS + 5, 2 * integration.ROWS + 50
-    i, j = torch.arange(n_queries)[:, None], torch.arange(n_keys)
-    seen = (j <= i + 45) & (j >= 60)
-    assert integration.span(seen) == (slice(15, n_queries), slice(60, n_keys))
-    for row in (0, integration.ROWS - 1, integration.ROWS, n_queries - 1):
-        other = seen.clone()
-        other[row, 100] ^= True
-        with pytest.raises(NotImplementedError, match="^attention_mask: "):
-            integration.span(other)
-
-
 def test_layers_share_what_was_found_in_a_mask(model, name, ids, monkeypatch):
-    calls, span = [], integration.span
+    calls, span = [], masks.span
 
-    def spy(seen):
-        calls.append(span(seen))
+    def spy(*args):
+        calls.append(span(*args))
         return calls[-1]
 
-    monkeypatch.setattr(integration, "span", spy)
+    monkeypatch.setattr(masks, "span", spy)
     logits(model, name, ids, attention_mask=padding("left"))
     assert [c.keys for c in calls] == [slice(TOKENS - n, TOKENS) for n in LENGTHS]
-    assert len(integration.KNOWN) == 0  # forgotten with the mask
-
-
-def test_a_mask_changed_in_place_is_read_again():
-    mask = torch.ones(8, 8, dtype=torch.bool).tril()[None, None]
-    x = torch.empty(1, 1, 8, 4)
-    assert integration.spans(mask, x, x)[0].keys == slice(0, 8)
-    mask[..., :3] = False
-    assert integration.spans(mask, x, x)[0].keys == slice(3, 8)
-
-
-def test_a_mask_changed_in_inference_mode_is_read_again():
-    """Tensors made there do not count their changes."""
-    x = torch.empty(1, 1, 8, 4)
-    with torch.inference_mode():
-        mask = torch.ones(8, 8, dtype=torch.bool).tril()[None, None].clone()
-        assert integration.spans(mask, x, x)[0].keys == slice(0, 8)
-        mask[..., :3] = False
-        assert integration.spans(mask, x, x)[0].keys == slice(3, 8)
+    assert len(masks.KNOWN) == 0  # forgotten with the mask
 
 
 def test_packed_sequences_are_refused(model, name, ids):
     positions = torch.cat([torch.arange(25), torch.arange(TOKENS - 25)])[None]
     with pytest.raises(NotImplementedError, match="packed sequences"):
         logits(model, name, ids, position_ids=positions, use_cache=False)
-
-
-def test_sliding_window(name, ids):
-    """Served while it hides nothing, refused afterwards."""
-    options = transformers.MistralConfig(**config(sliding_window=TOKENS + 1))
-    model = transformers.MistralForCausalLM(options).eval()
-    real = padding("left")
-    for given in (None, real):
-        seen = torch.ones_like(real) if given is None else real
-        assert_same_logits(
-            model, name, lambda m, n, g=given, s=seen: logits(m, n, ids, attention_mask=g)[s.bool()]
-        )
-    model.config.sliding_window = 8
-    with pytest.raises(NotImplementedError, match="sliding window"):
-        logits(model, name, ids)
 
 
 @pytest.mark.parametrize("side", [None, "left"])

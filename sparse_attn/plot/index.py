@@ -1,4 +1,4 @@
-"""Pictures of a BlockIndex."""
+"""Which blocks an index lists."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import math
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .block_index import BlockIndex
+    from ..block_index import BlockIndex
 
 
 def plot_index(

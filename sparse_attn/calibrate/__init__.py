@@ -1,0 +1,34 @@
+"""`python -m sparse_attn calibrate`: searches an option of a method layer by layer."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from ..evaluate import DEMO_MODEL
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--model", default=str(DEMO_MODEL), help="as for evaluate")
+    parser.add_argument(
+        "--method", required=True, help="a name, with options that stay as they are given"
+    )
+    parser.add_argument("--field", help="the option to search (default: the method's own)")
+    parser.add_argument("--values", type=float, nargs="+", help="values to try")
+    target = parser.add_mutually_exclusive_group()
+    target.add_argument("--mass", type=float, help="share of the attention to keep in each layer")
+    target.add_argument("--loss", type=float, help="bits per token that may be lost in the model")
+    parser.add_argument("--heads", action="store_true", help="a value for each query head")
+    parser.add_argument("--length", type=int, default=4096)
+    parser.add_argument("--text", type=Path, help="a text file (default: Python's own sources)")
+    parser.add_argument("--out", type=Path, default=Path("calibrated.json"))
+    parser.add_argument("--device", default=None, help="default: cuda where there is one")
+    parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float16", "float32"])
+
+
+def run(args: argparse.Namespace) -> None:
+    try:
+        from .search import main
+    except ImportError as error:
+        raise SystemExit(f"{error}: pip install 'sparse_attn[demo]'") from error
+    main(args)

@@ -1,0 +1,43 @@
+"""`python -m sparse_attn evaluate`: what each method costs in quality and gains in time."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+DEMO_MODEL = Path(__file__).parents[2] / "demo" / "model"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--model", default=str(DEMO_MODEL),
+        help="folder or name of a causal language model of transformers (default: demo/model)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--methods", nargs="+", metavar="METHOD",
+        help="names, names with options such as flex_prefill:gamma=0.9,min_budget=256, or files "
+        "that calibrate wrote; several settings of a method make a line (default: all methods)",
+    )  # fmt: skip
+    parser.add_argument("--lengths", type=int, nargs="+", default=[1024, 2048, 4096])
+    parser.add_argument("--text", type=Path, help="a text file (default: Python's own sources)")
+    parser.add_argument(
+        "--out", type=Path, default=Path("evaluate_out"),
+        help="folder for results.json and report.html; a run that was stopped goes on here",
+    )  # fmt: skip
+    parser.add_argument("--depths", type=int, default=5, help="depths at which needles lie")
+    parser.add_argument("--samples", type=int, default=4, help="needles, keys, chains per prompt")
+    parser.add_argument("--repeats", type=int, default=3, help="runs that are timed")
+    parser.add_argument("--layer", type=int, default=1, help="whose heads are drawn")
+    parser.add_argument("--device", default=None, help="default: cuda where there is one")
+    parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float16", "float32"])
+
+
+def run(args: argparse.Namespace) -> None:
+    for name, least in (("depths", 1), ("samples", 1), ("repeats", 1), ("layer", 0)):
+        if getattr(args, name) < least:
+            raise SystemExit(f"--{name}: got {getattr(args, name)}, expected at least {least}")
+    try:
+        from .measure import main
+    except ImportError as error:
+        raise SystemExit(f"{error}: pip install 'sparse_attn[demo]'") from error
+    main(args)

@@ -1,0 +1,258 @@
+"""`python -m sparse_attn evaluate` on a small random model: results, going on, the report."""
+
+import base64
+import json
+import shutil
+import subprocess
+import xml.etree.ElementTree
+from html.parser import HTMLParser
+
+import pytest
+import torch
+
+from sparse_attn.__main__ import main
+
+transformers = pytest.importorskip("transformers")
+for module in ("tqdm", "matplotlib", "safetensors"):
+    pytest.importorskip(module)
+from sparse_attn.evaluate.measure import Evaluation  # noqa: E402
+
+LINE = "def area_of_a_circle(radius):\n    return 3.14159 * radius**2\n\n\n"
+SMALL = "flex_prefill:gamma=0.5,min_budget=32,block_size=32"
+LARGE = "flex_prefill:gamma=0.9,min_budget=32,block_size=32"
+BROWSERS = ("chromium", "chromium-browser", "chromium-headless-shell", "google-chrome", "chrome")
+VOID = {"meta", "img", "br", "wbr"}
+
+
+def build(folder, vocabulary=256):
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        vocab_size=vocabulary, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, head_dim=32, max_position_embeddings=1024,
+        initializer_range=0.4, bos_token_id=None, eos_token_id=None,
+    )  # fmt: skip
+    transformers.LlamaForCausalLM(config).save_pretrained(folder)
+    return folder
+
+
+def evaluate(folder, *options):
+    main([
+        "evaluate", "--model", str(folder / "model"), "--out", str(folder / "out"),
+        "--text", str(folder / "text.py"), "--dtype", "float32", "--depths", "2",
+        "--samples", "1", "--repeats", "1", *map(str, options),
+    ])  # fmt: skip
+    return json.loads((folder / "out" / "results.json").read_text())
+
+
+def prepare(folder):
+    build(folder / "model")
+    (folder / "text.py").write_text(LINE * 40)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Where dense and two settings of FlexPrefill were evaluated at two lengths."""
+    made = prepare(tmp_path_factory.mktemp("evaluate"))
+    evaluate(made, "--lengths", 400, 520, "--methods", "dense", SMALL, LARGE)
+    return made
+
+
+@pytest.fixture(scope="module")
+def results(folder):
+    return json.loads((folder / "out" / "results.json").read_text())
+
+
+def test_results(results):
+    assert list(results["cells"]) == ["400", "520"]
+    for cells in results["cells"].values():
+        assert list(cells) == ["sdpa", "dense", SMALL, LARGE]
+        base, dense = cells["sdpa"], cells["dense"]
+        assert dense["bits"] == pytest.approx(base["bits"], abs=1e-4)
+        for cell in cells.values():
+            assert set(cell["needles"]) == {"0.000", "1.000"}
+            shares = [*cell["needles"].values(), cell["copying"], cell["multi_value"]]
+            shares += [cell["multi_key"], cell["variable_tracking"]]
+            assert all(0 <= share <= 1 for share in shares)
+            assert cell["prefill"] >= cell["attention"] > 0
+            assert cell["peak_bytes"] is None or cell["peak_bytes"] >= 0
+        for layer in dense["layers"]:
+            assert layer["density"] == 1 and layer["error"] == 0
+            assert layer["recall"] == pytest.approx([1] * 4)
+        small, large = (cells[label]["layers"] for label in (SMALL, LARGE))
+        for fewer, more in zip(small, large, strict=True):
+            assert 0.1 < fewer["density"] <= more["density"] <= 1
+            assert 0.05 < sum(fewer["recall"]) / 4 <= sum(more["recall"]) / 4 + 1e-6
+            assert fewer["error"] > 1e-3
+        assert "dense is faster below" in cells[SMALL]["fallback"]
+
+
+def test_a_stopped_run_goes_on(tmp_path, monkeypatch):
+    """Each piece is measured once, whatever stops the run, and a new method only adds its own."""
+    prepare(tmp_path)
+    done = []
+
+    def stop_after_three(name, method):
+        def step(self, *args):
+            if len(done) == 3:
+                raise KeyboardInterrupt
+            method(self, *args)
+            done.append((name, *(str(getattr(a, "label", a)) for a in args[:2])))
+
+        return step
+
+    for name in ("tasks", "look", "time"):
+        step = stop_after_three(name, getattr(Evaluation, name))
+        monkeypatch.setattr(Evaluation, name, step)
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(tmp_path, "--lengths", 400, "--methods", "dense")
+    want = [("tasks", "400", "sdpa"), ("tasks", "400", "dense"), ("look", "400", "dense")]
+    assert done == want
+    done.append(None)  # no more stops
+    evaluate(tmp_path, "--lengths", 400, "--methods", "dense")
+    assert done[4:] == [("time", "400")]
+    evaluate(tmp_path, "--lengths", 400, "--methods", "dense", SMALL)
+    assert done[5:] == [("tasks", "400", SMALL), ("look", "400", SMALL), ("time", "400")]
+    found = evaluate(tmp_path, "--lengths", 400, "--methods", "dense", SMALL)
+    assert len(done) == 8 and list(found["cells"]["400"]) == ["sdpa", "dense", SMALL]
+    with pytest.raises(SystemExit, match="results with another samples; give another folder"):
+        evaluate(tmp_path, "--samples", 2)
+
+
+class Page(HTMLParser):
+    """Checks that tags are closed in order and collects what a reader sees."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.open, self.images, self.rows, self.ids, self.links = [], [], [], set(), []
+        self.feed(text)
+        assert not self.open
+
+    def handle_starttag(self, tag, attributes):
+        given = dict(attributes)
+        if tag not in VOID:
+            self.open.append(tag)
+        if tag == "img":
+            assert given["alt"]
+            self.images.append(given["src"])
+        if tag == "a":
+            self.links.append(given["href"])
+        if tag == "tr":
+            self.rows.append([])
+        if tag in ("td", "th"):
+            self.rows[-1].append("")
+        if "id" in given:
+            self.ids.add(given["id"])
+        assert tag not in ("script", "link", "iframe")
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        if self.open and self.open[-1] in ("td", "th"):
+            self.rows[-1][-1] += data
+
+
+def test_the_report_has_everything_in_it(folder, results):
+    page = Page((folder / "out" / "report.html").read_text())
+    assert page.links and {link[1:] for link in page.links} == page.ids
+    kinds = []
+    for source in page.images:
+        kind, _, data = source.partition(";base64,")
+        content = base64.b64decode(data)
+        if kind == "data:image/svg+xml":
+            words = "".join(xml.etree.ElementTree.fromstring(content).itertext())
+            assert "http://" not in words
+        else:
+            assert kind == "data:image/png" and content.startswith(b"\x89PNG")
+        kinds.append(kind)
+    assert kinds.count("data:image/png") == 4  # heads and layers of two methods
+    assert kinds.count("data:image/svg+xml") == 8  # 2 trade-offs, needles, 2 times, layers, heads
+    head, *rows = page.rows
+    summary = {row[0]: dict(zip(head, row, strict=True)) for row in rows[:4]}
+    assert list(summary) == ["sdpa", "dense", SMALL, LARGE]
+    cell = results["cells"]["520"][SMALL]
+    assert summary[SMALL]["bits/token"] == f"{cell['bits']:.4f}"
+    assert summary["dense"]["density"] == "100.0%" and summary["dense"]["within limits"] == "yes"
+
+
+@pytest.mark.skipif(not any(map(shutil.which, BROWSERS)), reason="no headless browser")
+def test_a_browser_shows_the_report(folder, tmp_path):
+    browser = next(filter(None, map(shutil.which, BROWSERS)))
+    page = (folder / "out" / "report.html").read_text()
+    script = """<script>onload = () => { document.title = [
+        document.images.length, [...document.images].filter(i => i.naturalWidth > 0).length,
+        document.documentElement.scrollWidth <= innerWidth ].join(" ") }</script>"""
+    (tmp_path / "page.html").write_text(page.replace("</head>", f"{script}</head>"))
+    done = subprocess.run(
+        [browser, "--headless", "--no-sandbox", "--disable-gpu", "--window-size=1000,800",
+         "--virtual-time-budget=5000", "--dump-dom", str(tmp_path / "page.html")],
+        capture_output=True, text=True, timeout=60, check=True,
+    )  # fmt: skip
+    assert "<title>12 12 true</title>" in done.stdout
+
+
+def test_a_method_that_refuses_is_named(tmp_path, monkeypatch):
+    from sparse_attn import FlexPrefill
+
+    prepare(tmp_path)
+    monkeypatch.setattr(FlexPrefill, "why_not", lambda *args: "not <today>; use 'dense'")
+    found = evaluate(tmp_path, "--lengths", 400, "--methods", "flex_prefill", "dense")
+    assert "not <today>" in found["cells"]["400"]["flex_prefill"]["refused"]
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert "flex_prefill was not measured" in page and "not &lt;today&gt;" in page
+    assert [row[0] for row in Page(page).rows[1:3]] == ["sdpa", "dense"]
+
+
+def test_a_model_with_a_tokenizer(tmp_path):
+    tokenizers = pytest.importorskip("tokenizers")
+    prepare(tmp_path)
+    words = tokenizers.Tokenizer(tokenizers.models.BPE())
+    words.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=300, initial_alphabet=alphabet, special_tokens=["<s>"], show_progress=False
+    )
+    words.train_from_iterator([LINE], trainer)
+    shutil.rmtree(tmp_path / "model")
+    build(tmp_path / "model", words.get_vocab_size())
+    transformers.PreTrainedTokenizerFast(tokenizer_object=words, bos_token="<s>").save_pretrained(
+        tmp_path / "model"
+    )
+    found = evaluate(tmp_path, "--lengths", 300, "--methods", SMALL)
+    assert list(found["cells"]["300"]) == ["sdpa", SMALL]
+    assert found["cells"]["300"]["sdpa"]["bits"] > 0
+
+
+def test_layers_that_use_no_method(tmp_path):
+    """Those with a sliding window: the others keep their numbers."""
+    prepare(tmp_path)
+    config = transformers.Qwen2Config(
+        vocab_size=256, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, sliding_window=64, use_sliding_window=True,
+        layer_types=["sliding_attention", "full_attention"], initializer_range=0.4,
+    )  # fmt: skip
+    transformers.Qwen2ForCausalLM(config).save_pretrained(tmp_path / "model")
+    found = evaluate(tmp_path, "--lengths", 400, "--methods", SMALL)
+    sliding, full = found["cells"]["400"][SMALL]["layers"]
+    assert sliding is None and 0 < full["density"] < 1
+    page = Page((tmp_path / "out" / "report.html").read_text())
+    rows = [row for row in page.rows if row[:2] in ([SMALL, "0"], [SMALL, "1"])]
+    assert rows[0][2:] == ["sliding window", "–", "–", "–"]
+    assert rows[1][2] == f"{full['density']:.1%}"
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--methods", "flash"), "--methods: flash: no such method"),
+        (("--lengths", 100), "--lengths or --text: length: 100 tokens are too few"),
+        (("--lengths", 100_000), "--lengths or --text: text: .* too few"),
+        (("--text", "missing"), "--text: .*missing"),
+        (("--model", "./missing"), "--model: there is no ./missing"),
+        (("--repeats", 0), "--repeats: got 0, expected at least 1"),
+    ],
+)
+def test_bad_arguments(folder, tmp_path, options, message):
+    with pytest.raises(SystemExit, match=f"^{message}"):
+        evaluate(folder, "--out", tmp_path / "new", *options)

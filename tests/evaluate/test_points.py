@@ -1,0 +1,56 @@
+"""Which settings lose next to nothing, and the table of the fastest of them."""
+
+from sparse_attn.evaluate.points import markdown, operating_points, within_limits
+from sparse_attn.evaluate.report import series
+
+
+def cell(bits, needles, attention, density=None):
+    layers = None if density is None else [{"density": density}, None]
+    return {"bits": bits, "needles": {"0.000": needles}, "attention": attention,
+            "prefill": attention + 1, "layers": layers}  # fmt: skip
+
+
+BASE = cell(2.0, 0.56, 1.0)
+CELLS = {
+    "sdpa": BASE,
+    "one:a=1": cell(2.009, 0.56, 0.5, 0.4),
+    "one:a=2": cell(2.002, 0.5501, 0.25, 0.3),
+    "one:a=3": cell(2.011, 0.56, 0.1, 0.2),
+    "other": cell(2.0, 0.55, 0.1, 0.1),  # a whole point
+    "waiting": {"bits": 2.0},
+}
+METHODS = {
+    label: {"family": label.partition(":")[0], "setting": label.partition(":")[2] or "defaults"}
+    for label in CELLS
+}
+RESULTS = {"cells": {"4096": CELLS}, "methods": METHODS}
+
+
+def test_limits():
+    found = [label for label in list(CELLS)[1:5] if within_limits(CELLS[label], BASE)]
+    assert found == ["one:a=1", "one:a=2"]
+
+
+def test_the_fastest_within_the_limits():
+    rows = operating_points(RESULTS, 4096)
+    assert rows == [
+        ["one:a=2", "30.0%", "4.00×", "1.60×", "0.0020", "1.0"],
+        ["other: no setting within the limits", *["–"] * 5],
+    ]
+    assert markdown(rows).splitlines()[1:3] == [
+        "| --- | --- | --- | --- | --- | --- |",
+        "| one:a=2 | 30.0% | 4.00× | 1.60× | 0.0020 | 1.0 |",
+    ]
+
+
+def test_a_line_has_the_same_options():
+    settings = ("defaults", "a=1,b=2", "a=1,b=3", "b=3")
+    methods = {s: {"family": "one", "setting": s} for s in settings}
+    methods["two:c=1"] = {"family": "two", "setting": "c=1"}
+    assert series(methods) == {
+        "defaults": ("defaults", ""),
+        "a=1,b=2": ("one, a=1", "b=2"),
+        "a=1,b=3": ("one, a=1", "b=3"),
+        "b=3": ("b=3", ""),
+        "two:c=1": ("two:c=1", ""),
+    }
