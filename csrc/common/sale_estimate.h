@@ -20,7 +20,7 @@ inline void check_sale_estimate(const SaleEstimateTensors& t, int64_t q_block, i
   SA_CHECK(t.key.size(0) == t.query.size(0) && t.key.size(3) == t.query.size(3),
            "key_packed: batch size or bytes differ from query_packed's");
   SA_CHECK(t.query.size(1) % t.key.size(1) == 0, "query_packed: heads are no multiple of key's");
-  check_lengths(t.query, t.key);
+  check_lengths(t.query.size(2), t.key.size(2));
   SA_CHECK(q_block == 16 || q_block == 32 || q_block == 64 || q_block == 128, "q_block: got ",
            q_block, ", expected 16, 32, 64 or 128");
   SA_CHECK(kv_block == 16 || kv_block == 32 || kv_block == 64, "kv_block: got ", kv_block,

@@ -32,8 +32,8 @@ inline void check_squeezed_attend(const Tensor& query, const Tensor& key, const 
                tail_value.size(3) == value.size(3),
            "key, tail_key, tail_value: head_dim differs");
   SA_CHECK(query.size(1) % key.size(1) == 0, "query: heads are no multiple of key's");
-  check_lengths(query, key);
-  check_lengths(query, tail_key);
+  check_lengths(query.size(2), key.size(2));
+  check_lengths(query.size(2), tail_key.size(2));
   const int64_t heads = starts.dim() == 3 ? starts.size(1) : 0;
   SA_CHECK(starts.dim() == 3 && starts.scalar_type() == ScalarType::Int &&
                starts.size(0) == query.size(0) &&

@@ -19,7 +19,7 @@ void check_sale_threshold(const Tensor& query, const Tensor& key, const Tensor& 
   SA_CHECK(key.size(0) == query.size(0) && key.size(3) == query.size(3),
            "key: batch size or head_dim differs from query's");
   SA_CHECK(query.size(1) % key.size(1) == 0, "query: heads are no multiple of key's");
-  check_lengths(query, key);
+  check_lengths(query.size(2), key.size(2));
   SA_CHECK(key_mean.dim() == 3 && key_mean.scalar_type() == ScalarType::Float &&
                key_mean.size(0) == key.size(0) && key_mean.size(1) == key.size(1) &&
                key_mean.size(2) == key.size(3),

@@ -106,10 +106,11 @@ PAGE_SIZES = (16, 32, 64, 128)
 def cache(query: Any, key: Any, value: Any, block_table: Any = None, kv_lengths: Any = None) -> int:
     """query and a cache of keys and values; returns how many keys a sequence has room for.
 
-    Without a block table key is [B, Hkv, Tk, D], with one [pages, Hkv, page_size, D]; value alike.
+    Without a block table key is [B, Hkv, Tk, D], with one [pages, Hkv, page_size, D]; value alike,
+    or None for a selector, which sees no values.
     """
     if block_table is None:
-        query_key_value(query, key, value)
+        query_key(query, key) if value is None else query_key_value(query, key, value)
         capacity = key.shape[2]
     else:
         capacity = pages(query, key, value, block_table)
@@ -124,6 +125,8 @@ def pages(query: Any, key: Any, value: Any, block_table: Any) -> int:
     """query [B, Hq, Tq, D], pages of keys and values, block_table [B, pages of a sequence]."""
     tensor("query", query, ("B", "Hq", "Tq", "D"), DTYPES)
     for name, x, dim in (("key", key, "D"), ("value", value, "Dv")):
+        if x is None:
+            continue
         tensor(name, x, ("pages", "Hkv", "page_size", dim), DTYPES)
         like(name, x, query, "query")
         if x.shape[2] not in PAGE_SIZES:
@@ -133,9 +136,10 @@ def pages(query: Any, key: Any, value: Any, block_table: Any) -> int:
                 f"{name}: strides {tuple(x.stride())}, pages need a contiguous last dimension"
             )
     same("key", "head_dim", key.shape[3], query.shape[3], "query")
-    same("value", "number of pages", value.shape[0], key.shape[0], "key")
-    same("value", "number of heads", value.shape[1], key.shape[1], "key")
-    same("value", "page_size", value.shape[2], key.shape[2], "key")
+    if value is not None:
+        same("value", "number of pages", value.shape[0], key.shape[0], "key")
+        same("value", "number of heads", value.shape[1], key.shape[1], "key")
+        same("value", "page_size", value.shape[2], key.shape[2], "key")
     heads(query, key)
     tensor("block_table", block_table, ("B", "pages"), (torch.int32,))
     same("block_table", "batch size", block_table.shape[0], query.shape[0], "query")

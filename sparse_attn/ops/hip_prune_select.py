@@ -48,7 +48,7 @@ def check_options(chunks, keeps, q_strides, q_block, sink, window, representativ
 @op.validate
 def _(query, key, chunks, keeps, q_strides, q_block, sink, window, representative, merge_heads,
       causal, scale, block_table, kv_lengths):  # fmt: skip
-    hip.query_key(query, key, block_table, kv_lengths)
+    check.cache(query, key, None, block_table, kv_lengths)
     check_options(
         chunks, keeps, q_strides, q_block, sink, window, representative, merge_heads
     )  # fmt: skip

@@ -45,7 +45,7 @@ def check_options(budget, q_block, kv_block, q_stride, key_stride, sink, window,
 @op.validate
 def _(query, key, budget, q_block, kv_block, q_stride, key_stride, sink, window, representative,
       branch, share_kv_heads, causal, scale, block_table=None, kv_lengths=None):  # fmt: skip
-    hip.query_key(query, key, block_table, kv_lengths)
+    check.cache(query, key, None, block_table, kv_lengths)
     check_options(
         budget, q_block, kv_block, q_stride, key_stride, sink, window, representative, branch
     )

@@ -43,7 +43,7 @@ def _(query_packed, query_step, key_packed, key_step, key_bias, theta, q_block, 
     )
     check.same("key_packed", "bytes", key_packed.shape[3], query_packed.shape[3], "query_packed")
     check.heads(query_packed, key_packed)
-    check.lengths(query_packed, key_packed)
+    check.lengths(query_packed.shape[2], key_packed.shape[2])
     batch, heads, n_queries = query_packed.shape[:3]
     n_keys = key_packed.shape[2]
     for name, x, shape in (

@@ -44,8 +44,8 @@ def check_tensors(query, key, value, tail_key, tail_value, tail_lengths):
     check.same("key", "head_dim", key.shape[3], query.shape[3], "query")
     check.same("tail_key", "head_dim", tail_key.shape[3], query.shape[3], "query")
     check.same("tail_value", "head_dim", tail_value.shape[3], value.shape[3], "value")
-    check.lengths(query, key)
-    check.lengths(query, tail_key)
+    check.lengths(query.shape[2], key.shape[2])
+    check.lengths(query.shape[2], tail_key.shape[2])
     if tail_lengths is not None:
         check.tensor("tail_lengths", tail_lengths, ("B",), (torch.int32,))
         check.on_device("tail_lengths", tail_lengths, query)
