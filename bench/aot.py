@@ -43,17 +43,24 @@ class Row:
 
 
 def attention(dtype: str, head_dim: int, n_queries: int, q_block: int = 128, kv_block: int = 128,
-              edges: bool = False, value_dim: int = 0, heads: int = 8) -> None:  # fmt: skip
+              edges: bool = False, value_dim: int = 0, heads: int = 8,
+              page: int = 0) -> None:  # fmt: skip
     from sparse_attn.triton_kernels.block_sparse_attention import block_sparse_attention as run
 
     n_keys = 8192
     query = torch.empty(1, heads, n_queries, head_dim, dtype=DTYPES[dtype], device="cuda")
     key = torch.empty(1, 2, n_keys, head_dim, dtype=DTYPES[dtype], device="cuda")
     value = torch.empty(1, 2, n_keys, value_dim or head_dim, dtype=DTYPES[dtype], device="cuda")
+    cache = {}
+    if page:
+        key, value = (x.view(2, n_keys // page, page, -1).transpose(0, 1) for x in (key, value))
+        table = torch.empty(1, n_keys // page, dtype=torch.int32, device="cuda")
+        cache = {"block_table": table, "kv_lengths": table.new_empty(1)}
     rows, blocks = -(-n_queries // q_block), n_keys // kv_block
     counts = torch.empty(1, 2, rows, dtype=torch.int32, device="cuda")
     indices = torch.empty(1, 2, rows, blocks, dtype=torch.int32, device="cuda")
-    run(query, key, value, indices, counts, q_block, kv_block, True, *(64, 64) if edges else (0, 0))
+    sink = window = 64 if edges else 0
+    run(query, key, value, indices, counts, q_block, kv_block, True, sink, window, **cache)
 
 
 def backward(dtype: str, head_dim: int, block: int = 128, edges: bool = False,
@@ -214,6 +221,9 @@ def cases(quick: bool) -> dict[str, tuple[Any, ...]]:
     if not quick:
         found |= {f"merge {dtype} 128": (merge, dtype, 128) for dtype in DTYPES}
         for d in (64, 128, 256):
+            paged = True, 0, 8, 16  # sink and window; pages of 16
+            found[f"paged decode bf16 {d}"] = (attention, "bf16", d, 1, 1, 16, *paged)
+            found[f"paged prefill bf16 {d}"] = (attention, "bf16", d, 4096, 128, 128, *paged)
             found[f"backward, sink+window bf16 {d}"] = (backward, "bf16", d, 128, True)
         found["backward, blocks of 16 bf16 128"] = (backward, "bf16", 128, 16)
         found["backward bf16 192, values 128"] = (backward, "bf16", 192, 128, False, 128)

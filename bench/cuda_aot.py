@@ -53,12 +53,15 @@ def merge(dtype: torch.dtype, dv: int) -> None:
 
 
 def attention(dtype: torch.dtype, dim: int, q_block: int, n_queries: int = 4096) -> None:
+    """Paged: the same kernels, with more shared memory."""
     from sparse_attn.nvrtc.block_sparse_attention import block_sparse_attention as run
 
     query = empty(1, 8, n_queries, dim, dtype=dtype)
-    key = empty(1, 2, 8192, dim, dtype=dtype)
+    key = empty(1024, 2, 16, dim, dtype=dtype)
+    table = empty(1, 512, dtype=torch.int32)
     counts = empty(1, 2, -(-n_queries // q_block), dtype=torch.int32)
-    run(query, key, key, empty(*counts.shape, 64, dtype=torch.int32), counts, q_block, 128)
+    indices = empty(*counts.shape, 64, dtype=torch.int32)
+    run(query, key, key, indices, counts, q_block, 128, True, 0, 0, None, table, table[:, 0])
 
 
 def select(dtype: torch.dtype, dim: int) -> None:

@@ -27,6 +27,7 @@ from sparse_attn.ops.sale_quantize import op as sale_quantize
 from sparse_attn.ops.squeezed_attend import op as squeezed_attend
 from sparse_attn.ops.squeezed_lookup import op as squeezed_lookup
 from tests.cases import DTYPES, Shape, index, inputs, instruction_set
+from tests.ops.test_block_sparse_attention_cache import paged, spare
 from tests.squeezed_cases import Case, attend_inputs, lookup_inputs
 
 PAGE = mmap.PAGESIZE
@@ -127,6 +128,40 @@ def attention_cases() -> Iterator[tuple[str, object, list[torch.Tensor]]]:
                     )  # fmt: skip
                     name = f"block_sparse_attention, {dtype}, {layout}, {shape}, {causal=}, {sink=}"
                     yield name, run, [*tensors, listed.indices, listed.counts]
+
+
+CACHES = [  # page_size, the capacity is Tk
+    (16, Shape(B=2, Tq=1, Tk=512, D=128, Dv=128, Hq=4, Hkv=1, Hi=1, q_block=1, share=1.0)),
+    (16, Shape(B=2, Tq=70, Tk=256, D=64, Dv=72, q_block=32, kv_block=32)),
+    (64, Shape(B=3, Tq=40, Tk=256, D=40, Dv=64, Hq=4, Hkv=2, Hi=4, q_block=17, kv_block=5)),
+    (128, Shape(B=2, Tq=130, Tk=384, D=96, Dv=33, share=1.0)),
+    (0, Shape(B=3, Tq=33, Tk=200, D=64, Dv=64, q_block=16, kv_block=16)),
+]
+
+
+def cache_cases() -> Iterator[tuple[str, object, list[torch.Tensor]]]:
+    """The pages in use lie between pages of NaN, and places of no page lead outside."""
+    for page_size, shape in CACHES:
+        listed = index(shape)
+        lengths = torch.tensor([shape.Tk - 7, 33, 0][: shape.B], dtype=torch.int32)
+        for dtype in DTYPES:
+            query, key, value = inputs(shape, dtype)
+            tensors = [spare(key, lengths), spare(value, lengths)]
+            if page_size:
+                *tensors, table = paged(key, value, lengths, page_size)
+                tensors.append(table)
+            for causal, sink, window in MASKS:
+
+                def run(query, key, value, *rest, causal=causal, sink=sink, window=window,
+                        shape=shape):  # fmt: skip
+                    *table, lengths, indices, counts = rest
+                    return attend(
+                        query, key, value, indices, counts, shape.q_block, shape.kv_block, causal,
+                        sink, window, None, *table or [None], lengths, backend="cpp",
+                    )  # fmt: skip
+
+                name = f"block_sparse_attention in pages of {page_size}, {dtype}, {shape}, {sink=}"
+                yield name, run, [query, *tensors, lengths, listed.indices, listed.counts]
 
 
 FLEX = [
@@ -268,8 +303,8 @@ def run_all(isa: str) -> None:
     torch.manual_seed(0)
     with instruction_set(isa):
         for cases in (
-            attention_cases, backward_cases, flex_prefill_cases, hip_cases, sale_cases,
-            squeezed_cases, merge_cases,
+            attention_cases, cache_cases, backward_cases, flex_prefill_cases, hip_cases,
+            sale_cases, squeezed_cases, merge_cases,
         ):  # fmt: skip
             for case in cases():
                 check(*case)

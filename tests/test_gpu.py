@@ -18,6 +18,7 @@ from sparse_attn.ops.sale_quantize import op as quantize
 from sparse_attn.ops.squeezed_attention import op as squeezed
 from sparse_attn.ops.squeezed_lookup import op as lookup
 from tests.cases import Shape, index, inputs
+from tests.ops.test_block_sparse_attention_cache import paged
 from tests.ops.test_sale_estimate import case as sale_case
 from tests.squeezed_cases import Case, lookup_inputs
 
@@ -39,6 +40,17 @@ def on_gpu(*tensors):
 def attention_call(q_block, n_queries, **options):
     shape = Shape(B=2, Hq=8, Hkv=2, Hi=2, Tq=n_queries, Tk=2000, D=128, Dv=128, q_block=q_block)
     return lambda: (attend, [*inputs(shape, torch.bfloat16), *index(shape)], options)
+
+
+def paged_call(n_queries):
+    def make():
+        op, args, _ = attention_call(min(n_queries, 64), n_queries)()
+        lengths = torch.tensor([2000, 777], dtype=torch.int32)
+        key, value = (torch.nn.functional.pad(x, (0, 0, 0, 16)) for x in args[1:3])
+        *args[1:3], table = paged(key, value, lengths, 32)
+        return op, args, {"block_table": table, "kv_lengths": lengths}
+
+    return make
 
 
 def backward_call(**options):
@@ -106,6 +118,8 @@ CALLS = {
     "prefill": attention_call(64, 2000),
     "prefill with sink and window": attention_call(64, 2000, sink=100, window=300),
     "decode": attention_call(1, 1),
+    "paged prefill": paged_call(300),
+    "paged decode": paged_call(1),
     "backward": backward_call(),
     "backward, sink+window": backward_call(sink=100, window=300),
     "select": select_call,
@@ -132,6 +146,7 @@ def prepared(request):
         op, args, options = CALLS[request.param]()
         require(op.name, backend)
         args = on_gpu(*args)
+        options = dict(zip(options, on_gpu(*options.values()), strict=True))
         op(*args, **options, backend=backend)  # compiles
         torch.cuda.synchronize()
         return op, args, options

@@ -259,7 +259,18 @@ def direct_calls():
     shape = Shape(Tq=64, Tk=64)
     query, key, value = inputs(shape, torch.float16)
     return {
-        "block_sparse_attention": (query, key, value, *index(shape)),
+        "block_sparse_attention": (
+            query,
+            key,
+            value,
+            *index(shape),
+            True,
+            0,
+            0,
+            None,
+            torch.zeros(1, 1, dtype=torch.int32),
+            torch.zeros(1, dtype=torch.int32),
+        ),
         "flex_prefill_select": (query, key),
         "hip_prune_select": (query, key, [8], [32], [1]),
         "hip_select": (query, key),

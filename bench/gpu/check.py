@@ -73,6 +73,7 @@ def problems(context: Context) -> Iterator[tuple[str, BaseException | str | None
         (f"squeezed attention, {n} queries", squeezed.name, squeezed_attention, (n,))
         for n in (1, 40)
     ]
+    checks += [(f"pages of {n}", attend.name, paged, (n,)) for n in (16, 128)]
     for what, operator, function, args in checks:
         for backend in context.backends(operator):
             try:
@@ -118,6 +119,27 @@ def attention(context: Context, backend: str, shape: tuple, dtype: torch.dtype) 
     if not torch.equal(lse.isfinite(), seen):
         return "lse is infinite in the wrong rows"
     return apart(out, want, TOLERANCE[dtype]) or apart(lse[seen], want_lse[seen], 1e-4)
+
+
+def paged(context: Context, backend: str, page_size: int) -> str | None:
+    """Keys in shuffled pages give the bits that they give in one piece."""
+    room = context.size(1024, 256)
+    shape = (2, 4, 2, 2, context.size(100, 20), room, 128, 128, 32, 64, True, 7, 40)
+    query, key, value, *rest = inputs(shape, torch.bfloat16)
+    lengths = torch.tensor([room - 5, 33], dtype=torch.int32)
+    order = torch.randperm(2 * room // page_size)
+    pages = []
+    for x in (key, value):
+        cache = x.new_empty(len(order), page_size, 2, 128)
+        cache[order] = x.transpose(1, 2).reshape(cache.shape)
+        pages.append(cache.transpose(1, 2))
+    table = order.int().view(2, -1)
+    want = call(context, attend, backend, (query, key, value, *rest, None, None, lengths))
+    got = call(context, attend, backend, (query, *pages, *rest, None, table, lengths))
+    exact = attend(*double((query, key, value, *rest)), kv_lengths=lengths, backend="reference")
+    if not all(torch.equal(a, b) for a, b in zip(got, want, strict=True)):
+        return "differs from keys in one piece"
+    return apart(got[0], exact[0], TOLERANCE[torch.bfloat16])
 
 
 def backward(context: Context, backend: str, shape: tuple, dtype: torch.dtype) -> str | None:

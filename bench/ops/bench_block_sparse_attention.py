@@ -29,6 +29,7 @@ def run(report: Report) -> None:
         prefill(report, dtype)
     flex(report)
     decode(report)
+    paged_decode(report)
 
 
 def prefill(report: Report, dtype: torch.dtype) -> None:
@@ -111,3 +112,33 @@ def decode(report: Report) -> None:
         gb_per_s=size / seconds["ours"] / 1e9,
         sdpa=seconds["copy"] / seconds["sdpa"],
     )
+
+
+def paged_decode(report: Report) -> None:
+    """Four sequences of unequal lengths; the keys in one piece, then in shuffled pages."""
+    room = 16384
+    lengths = torch.tensor([room, room // 2, 5000, 9001], dtype=torch.int32)
+    query = torch.randn(4, HEADS, 1, DIM).bfloat16()
+    key, value = (torch.randn(4, 2, room, DIM).bfloat16() for _ in range(2))
+    whole = lambda: attention(query, key, value, "dense", kv_lengths=lengths)  # noqa: E731
+    alternatives, want = {"one piece": whole}, whole()
+    for page_size in (16, 64, 128):
+        order = torch.randperm(4 * room // page_size)
+        pages = [torch.empty(len(order), page_size, 2, DIM).bfloat16() for _ in range(2)]
+        for cache, x in zip(pages, (key, value), strict=True):
+            cache[order] = x.transpose(1, 2).reshape(cache.shape)
+        pages, table = [x.transpose(1, 2) for x in pages], order.int().view(4, -1)
+
+        def paged(pages=pages, table=table):
+            return attention(query, *pages, "dense", block_table=table, kv_lengths=lengths)
+
+        check(f"pages of {page_size}", paged(), want, 0)
+        alternatives[f"{page_size}"] = paged
+    seconds = time_in_turn(alternatives, 25)
+    for page_size in (16, 64, 128):
+        report.add(
+            f"paged decode / in one piece, 4 sequences, pages of {page_size}, bfloat16",
+            seconds[f"{page_size}"] / seconds["one piece"],
+            "<= 1.1",
+            ms=seconds[f"{page_size}"] * 1e3,
+        )

@@ -41,6 +41,7 @@ __device__ __forceinline__ void ask_for_keys(KeyQuestion& q,
   q.causal = c.causal;
   q.list = c.indices + rows.batch * c.indices_stride[0] + list_head * c.indices_stride[1] +
            rows.query_block * c.indices_stride[2];
+  q.pages = c.block_table + rows.batch * c.block_table_stride;
   q.listed = min(max(*count, 0), static_cast<int>(most));
 }
 
@@ -83,55 +84,42 @@ __device__ __forceinline__ void load_query(typename C::Tile to, int64_t* offsets
 
 // Which row of the cache holds a token of a sequence, counted through its pages; -1 for none and
 // for a page that there is not: no table leads outside of the cache.
-__device__ __forceinline__ int row_in_pages(const BlockSparseAttentionParams& c, int64_t batch,
-                                            int token) {
+__device__ __forceinline__ int row_in_pages(const BlockSparseAttentionParams& c,
+                                            const KeyQuestion& q, int token) {
   if (token < 0) return -1;
   const int bits = static_cast<int>(c.page_bits);
-  const int page = __ldg(c.block_table + batch * c.block_table_stride + (token >> bits));
+  const int page = __ldg(q.pages + (token >> bits));
   return page >= 0 && page < c.pages ? page << bits | (token & ((1 << bits) - 1)) : -1;
 }
 
-// Rows of keys or values of one KV head: one after the other, or in pages.
-struct CachedRows {
-  const unsigned char* first;
-  int64_t page_bytes;
-  int32_t row_bytes;
-  int dims;
-};
-
-template <class C>
-__device__ __forceinline__ CachedRows cached_rows(const BlockSparseAttentionCudaParams& p,
-                                                  const RowTile& rows, const void* base,
-                                                  const int64_t (&stride)[3], int32_t row_bytes,
-                                                  int64_t dims) {
-  const int64_t sequence = p.call.block_table == nullptr ? rows.batch * stride[0] : 0;
-  const auto* first = static_cast<const typename C::T*>(base) + sequence + rows.kv_head * stride[1];
-  return {reinterpret_cast<const unsigned char*>(first),
-          stride[0] * int64_t{sizeof(typename C::T)}, row_bytes, static_cast<int>(dims)};
+// The first row of keys or values of a KV head: of the sequence, or of all pages.
+template <class T>
+__device__ __forceinline__ const unsigned char* first_row(const BlockSparseAttentionParams& c,
+                                                          const RowTile& rows, const void* base,
+                                                          const int64_t (&stride)[3]) {
+  const int64_t sequence = c.page_bits == 0 ? rows.batch * stride[0] : 0;
+  return reinterpret_cast<const unsigned char*>(static_cast<const T*>(base) + sequence +
+                                                rows.kv_head * stride[1]);
 }
 
-// Starts to copy rows of keys or values; zeros for -1, and beyond their dimensions. `page_bits` is
-// 0 where they lie one after the other.
+// Starts to copy rows of keys or values, `dims` elements each; zeros for -1, and beyond `dims`.
+// `page_bits` is 0 where the rows lie one after the other.
 template <class C>
-__device__ __forceinline__ void copy_rows(typename C::Tile to, const CachedRows& from,
-                                          int page_bits, const int* rows) {
+__device__ __forceinline__ void copy_rows(typename C::Tile to, const unsigned char* from,
+                                          int32_t row_bytes, int64_t page_bytes, int page_bits,
+                                          int dims, const int* rows) {
   int at[C::kKeys];  // first all of them: reads of shared memory would wait for the copies
   each_chunk<C, C::kKeys>([&](int i, int row, int) { at[i] = rows[row]; });
-  const auto copy = [&](int i, int row, int chunk, int64_t offset) {
-    cp_async_16(to.at(row, chunk), from.first + offset + chunk * 16,
-                at[i] >= 0 && chunk * 8 < from.dims);
-  };
-  if (page_bits == 0) {
-    each_chunk<C, C::kKeys>([&](int i, int row, int chunk) {
-      copy(i, row, chunk, int64_t{max(at[i], 0)} * from.row_bytes);
-    });
-  } else {
-    each_chunk<C, C::kKeys>([&](int i, int row, int chunk) {
-      const int place = max(at[i], 0), in_page = place & ((1 << page_bits) - 1);
-      copy(i, row, chunk,
-           (place >> page_bits) * from.page_bytes + int64_t{in_page} * from.row_bytes);
-    });
-  }
+  each_chunk<C, C::kKeys>([&](int i, int row, int chunk) {
+    int64_t page = 0;
+    int place = max(at[i], 0);
+    if (page_bits != 0) {
+      page = (place >> page_bits) * page_bytes;
+      place &= (1 << page_bits) - 1;
+    }
+    cp_async_16(to.at(row, chunk), from + page + int64_t{place} * row_bytes + chunk * 16,
+                at[i] >= 0 && chunk * 8 < dims);
+  });
 }
 
 // s = query key^T, of the warp's rows and keys.
@@ -235,24 +223,26 @@ __global__ void __launch_bounds__(AttentionConfig<T, kDim, kRows>::kThreads)
   const int end = static_cast<int>(int64_t{runs.n_tiles()} * (rows.split + 1) / p.splits);
 
   const auto& c = p.call;
-  const auto key = cached_rows<C>(p, rows, c.key, c.key_stride, p.key_row_bytes, c.D);
-  const auto value = cached_rows<C>(p, rows, c.value, c.value_stride, p.value_row_bytes, c.Dv);
+  const unsigned char* const key = first_row<T>(c, rows, c.key, c.key_stride);
+  const unsigned char* const value = first_row<T>(c, rows, c.value, c.value_stride);
   const int page_bits = static_cast<int>(c.page_bits);
-  int* const places =  // of the tokens in the cache: the tokens themselves where there is no page
-      page_bits == 0 ? tokens : reinterpret_cast<int*>(memory + C::kTile.shared_bytes());
   const int thread = threadIdx.x;
   const auto tokens_of = [&](int tile) { return tokens + (tile & 1) * C::kKeys; };
-  const auto places_of = [&](int tile) { return places + (tile & 1) * C::kKeys; };
-  const auto find_token = [&](int tile) {
-    return thread < C::kKeys && tile < end ? runs.token(keys, tile, thread) : -1;
+  // where the tokens lie in the cache: the tokens themselves where it has no pages
+  const auto places_of = [&](int tile) {
+    return page_bits == 0 ? tokens_of(tile)
+                          : reinterpret_cast<int*>(memory + C::kTile.shared_bytes()) +
+                                (tile & 1) * C::kKeys;
   };
-  const auto find_place = [&](int token) {
-    return page_bits == 0 ? token : row_in_pages(c, rows.batch, token);
+  const auto find_place = [&](int tile) {
+    if (thread >= C::kKeys || tile >= end) return -1;
+    const int token = runs.token(keys, tile, thread);
+    if (page_bits == 0) return token;
+    tokens_of(tile)[thread] = token;  // read no more by the step that scored the tile before
+    return row_in_pages(c, keys, token);
   };
-  const auto keep_token = [&](int tile, int token, int place) {
-    if (thread >= C::kKeys) return;
-    tokens_of(tile)[thread] = token;
-    if (page_bits != 0) places_of(tile)[thread] = place;
+  const auto keep_place = [&](int tile, int place) {
+    if (thread < C::kKeys) places_of(tile)[thread] = place;
   };
   // slots are filled in turn: keys of a tile, its values, keys of the next
   int filled = 0, used = 0;
@@ -262,11 +252,15 @@ __global__ void __launch_bounds__(AttentionConfig<T, kDim, kRows>::kThreads)
     return tile;
   };
   const auto copy_keys = [&](int tile) {
-    if (tile < end) copy_rows<C>(next_slot(filled), key, page_bits, places_of(tile));
+    if (tile < end)
+      copy_rows<C>(next_slot(filled), key, p.key_row_bytes, p.key_page_bytes, page_bits,
+                   static_cast<int>(c.D), places_of(tile));
     cp_async_commit();
   };
   const auto copy_values = [&](int tile) {
-    if (tile < end) copy_rows<C>(next_slot(filled), value, page_bits, places_of(tile));
+    if (tile < end)
+      copy_rows<C>(next_slot(filled), value, p.value_row_bytes, p.value_page_bytes, page_bits,
+                   static_cast<int>(c.Dv), places_of(tile));
     cp_async_commit();
   };
   // the oldest copy has landed, for all threads, and all have left the step before
@@ -275,10 +269,8 @@ __global__ void __launch_bounds__(AttentionConfig<T, kDim, kRows>::kThreads)
     __syncthreads();
   };
 
-  for (int tile = begin; tile < begin + 2; ++tile) {
-    const int token = find_token(tile);
-    keep_token(tile, token, find_place(token));
-  }
+  keep_place(begin, find_place(begin));
+  keep_place(begin + 1, find_place(begin + 1));
   __syncthreads();
   copy_keys(begin);
   copy_values(begin);
@@ -306,9 +298,9 @@ __global__ void __launch_bounds__(AttentionConfig<T, kDim, kRows>::kThreads)
     wait_for_slot();
     copy_values(tile + 1);
     // found here, kept after the products: nobody waits for the list
-    const int token = find_token(tile + 2), place = find_place(token);
+    const int place = find_place(tile + 2);
     multiply_weights_value<C>(acc, weights, next_slot(used), first_key);
-    keep_token(tile + 2, token, place);
+    keep_place(tile + 2, place);
   }
   softmax.finish();
   finish_rows<C>(p, rows, memory, acc, softmax, first_row, key_warp);

@@ -23,6 +23,7 @@ struct BlockSparseAttentionPlan {
     BlockSparseAttentionCudaParams p{call};
     p.key_row_bytes = static_cast<int32_t>(2 * call.key_stride[2]);
     p.value_row_bytes = static_cast<int32_t>(2 * call.value_stride[2]);
+    p.key_page_bytes = 2 * call.key_stride[0], p.value_page_bytes = 2 * call.value_stride[0];
     p.queries = static_cast<int32_t>(queries), p.heads = static_cast<int32_t>(heads);
     p.query_tiles = static_cast<int32_t>(query_tiles);
     p.head_tiles = static_cast<int32_t>(head_tiles), p.splits = static_cast<int32_t>(splits);
@@ -70,7 +71,7 @@ inline BlockSparseAttentionPlan plan_block_sparse_attention(const BlockSparseAtt
   }
   plan.launch.grid[0] = plan.tiles * plan.splits;
   plan.launch.block[0] = tile.threads();
-  plan.launch.shared_bytes = tile.shared_bytes(p.block_table != nullptr);
+  plan.launch.shared_bytes = tile.shared_bytes(p.page_bits != 0);
   return plan;
 }
 

@@ -44,6 +44,7 @@ constexpr int kAttentionDims[] = {64, 96, 128, 256};
 struct BlockSparseAttentionCudaParams {
   BlockSparseAttentionParams call;
   int32_t key_row_bytes, value_row_bytes;
+  int64_t key_page_bytes, value_page_bytes;
   int32_t queries, heads;  // of a tile: their product is at most its rows
   int32_t query_tiles;     // per query block
   int32_t head_tiles;      // per KV head

@@ -17,6 +17,7 @@ struct KeyQuestion {
   bool causal;
   const int32_t* list;  // ascending block ids
   int listed;           // how many of them
+  const int32_t* pages;  // of the sequence, of a paged call
 };
 
 // How many of `n` ascending ids are below `bound`; asked by a whole warp. A list out of order gives

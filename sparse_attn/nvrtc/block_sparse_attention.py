@@ -36,8 +36,9 @@ class Params(ctypes.Structure):
     _anonymous_ = ("call",)
     _fields_ = [
         ("call", Call),
-        *((n, Int32) for n in ("key_row_bytes", "value_row_bytes", "queries", "heads")),
-        *((n, Int32) for n in ("query_tiles", "head_tiles", "splits")),
+        *((n, Int32) for n in ("key_row_bytes", "value_row_bytes")),
+        *((n, Int64) for n in ("key_page_bytes", "value_page_bytes")),
+        *((n, Int32) for n in ("queries", "heads", "query_tiles", "head_tiles", "splits")),
         *((n, Pointer) for n in ("part_values", "part_stats", "done")),
     ]
 
@@ -102,7 +103,7 @@ def plan(p: Params, limits: DeviceLimits) -> Plan:
         parts = tiles * splits * used
         scratch = (-(-tiles * 4 // 16) * 16, parts * p.Dv * 4, parts * 8)
     warps = keys // 16 if rows == 16 else 4
-    tokens = 2 * keys * 4 * (2 if p.block_table else 1)
+    tokens = 2 * keys * 4 * (2 if p.page_bits else 1)
     shared = rows * dim * 2 + STAGES * keys * dim * 2 + tokens + WORK_BYTES
     return Plan(
         LaunchPlan((tiles * splits, 1, 1), (32 * warps, 1, 1), shared),
@@ -113,6 +114,7 @@ def plan(p: Params, limits: DeviceLimits) -> Plan:
 def place(p: Params, found: Plan, memory: int) -> int:
     """Fills what the plan decides; returns the bytes that `memory` must have."""
     p.key_row_bytes, p.value_row_bytes = 2 * p.key_stride[2], 2 * p.value_stride[2]
+    p.key_page_bytes, p.value_page_bytes = 2 * p.key_stride[0], 2 * p.value_stride[0]
     for name in ("queries", "heads", "query_tiles", "head_tiles", "splits"):
         setattr(p, name, getattr(found, name))
     p.done = memory

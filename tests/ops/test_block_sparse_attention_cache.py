@@ -183,7 +183,8 @@ def any_cache(run, data, dtypes):
 def test_pages_change_no_bit(run, queries):
     """Kernels go through the keys in one order, wherever they lie; both layouts of a cache."""
     shape = Shape(B=2, Tq=queries, Tk=256, Hq=4, Hkv=2, Hi=2, q_block=min(queries, 32), kv_block=32)
-    for dtype in DTYPES[1:]:
+    layouts = (True,) if run == TRITON else (True, False)  # the interpreter is slow
+    for dtype in DTYPES[1 : 1 + len(layouts)]:
         query, key, value = inputs(shape, dtype)
         listed, lengths = index(shape), torch.tensor([201, 130], dtype=torch.int32)
         full = torch.full((2,), 256, dtype=torch.int32)
@@ -193,12 +194,62 @@ def test_pages_change_no_bit(run, queries):
             if n is not lengths:
                 assert torch.equal(one[0], plain[0]) and torch.equal(one[1], plain[1])
             for page_size in (16, 64):
-                for tokens_first in (True, False):
+                for tokens_first in layouts:
                     k, v, table = paged(key, value, full if n is None else n, page_size,
                                         tokens_first)  # fmt: skip
                     two = call(op, run, query, k, v, *listed, sink=3, block_table=table,
                                kv_lengths=n)  # fmt: skip
                     assert torch.equal(one[0], two[0]) and torch.equal(one[1], two[1])
+
+
+@pytest.mark.parametrize("run", [TRITON, *CUDA], ids=str)
+def test_a_wrong_table_stays_inside_the_cache(run):
+    """Undefined values, but no read outside: interpreter and executor would tell."""
+    shape = Shape(B=3, Tq=40, Tk=256, Hi=1, q_block=32, kv_block=32)
+    query, key, value = inputs(shape, torch.bfloat16)
+    full = torch.full((3,), 256, dtype=torch.int32)
+    key, value, table = paged(key, value, full, 64)
+    key, value = (torch.nan_to_num(x) for x in (key, value))
+    table = GARBAGE[torch.arange(12) % 3].view(3, 4)
+    for lengths in (None, full, GARBAGE):
+        for options in ({}, {"sink": 3, "window": 40}, {"causal": False}):
+            out, _ = call(op, run, query, key, value, *index(shape), **options,
+                          block_table=table, kv_lengths=lengths)  # fmt: skip
+            assert out.isfinite().all()
+
+
+def counted(function):
+    """The function compiled in one piece, and the list of the graphs it took."""
+    graphs = []
+
+    def backend(module, example_inputs):
+        graphs.append(module)
+        return module.forward
+
+    torch._dynamo.reset()
+    return torch.compile(function, fullgraph=True, dynamic=True, backend=backend), graphs
+
+
+@pytest.mark.parametrize("backend", [None, "reference"])
+def test_compiles_to_one_graph(backend):
+    """Other lengths, more pages and larger batches run the same graph."""
+    model, graphs = counted(
+        lambda q, k, v, table, lengths: sparse_attn.attention(
+            q * 2, k, v, "dense", block_table=table, kv_lengths=lengths, backend=backend
+        )
+    )
+    # no two sizes alike, which would count as one
+    for batch, room, lengths in ((3, 224, (100, 33, 0)), (5, 288, (1, 190, 64, 288, 7))):
+        shape = Shape(B=batch, Tq=11, Tk=room, Hq=4, Hkv=2)
+        lengths = torch.tensor(lengths, dtype=torch.int32)
+        query, key, value = inputs(shape)
+        *cache, table = paged(key, value, lengths, 32)
+        got = model(query, *cache, table, lengths)
+        want = sparse_attn.attention(
+            query * 2, *cache, "dense", block_table=table, kv_lengths=lengths, backend=backend
+        )
+        torch.testing.assert_close(got, want)
+    assert len(graphs) == 1
 
 
 def legal():
@@ -255,10 +306,11 @@ def test_bad_input(backend, name, change, message):
             torch.ops.sparse_attn.block_sparse_attention.cpp(**arguments)
 
 
-@pytest.mark.parametrize("overload", ["default", "cpp", "reference"])
+@pytest.mark.parametrize("overload", ["default", "cpp", "reference", "triton", "cuda"])
 def test_opcheck(overload):
     args = legal()
-    args["query"] = args["query"].clone()
+    for name in ("query", "key", "value") if overload == "cuda" else ():
+        args[name] = args[name].half()
     values = [args.pop(n) for n in ("query", "key", "value", "indices", "counts")]
     values = [*values, 64, 64, True, 3, 5, 0.2, args["block_table"], args["kv_lengths"]]
     opcheck(getattr(torch.ops.sparse_attn.block_sparse_attention, overload), values)
