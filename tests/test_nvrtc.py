@@ -72,12 +72,20 @@ def select_arguments(draw):
 def quantize_arguments(draw):
     _, x, _ = query_key_value(draw)
     mean = torch.empty(*x.shape[:2], x.shape[3]) if draw(st.booleans()) else None
-    return x, mean, draw(st.sampled_from(("query", "key", "token"))), draw(st.sampled_from((16, 64)))
+    return (
+        x,
+        mean,
+        draw(st.sampled_from(("query", "key", "token"))),
+        draw(st.sampled_from((16, 64))),
+    )
 
 
 def estimate_arguments(draw):
     query, key, _ = query_key_value(draw)
-    q_block, kv_block = draw(st.sampled_from((16, 32, 64, 128))), draw(st.sampled_from((16, 32, 64)))
+    q_block, kv_block = (
+        draw(st.sampled_from((16, 32, 64, 128))),
+        draw(st.sampled_from((16, 32, 64))),
+    )
     edges = draw(st.integers(1, 10**5)), draw(st.integers(0, 10**5))
     sizes = [(x.shape[1], n_groups(x.shape[2], kind, kv_block)) for x, kind in
              ((query, "query"), (key, "key"))]  # fmt: skip
@@ -89,7 +97,10 @@ def estimate_arguments(draw):
 
 def threshold_arguments(draw):
     query, key, _ = query_key_value(draw)
-    q_block, kv_block = draw(st.sampled_from((16, 32, 64, 128))), draw(st.sampled_from((16, 32, 64)))
+    q_block, kv_block = (
+        draw(st.sampled_from((16, 32, 64, 128))),
+        draw(st.sampled_from((16, 32, 64))),
+    )
     edges = draw(st.integers(1, 10**5)), draw(st.integers(0, 10**5))
     mean = torch.empty(*key.shape[:2], key.shape[3])
     scale = draw(st.sampled_from((None, 0.3)))
@@ -191,7 +202,9 @@ def test_an_overload_refuses_a_tensor_of_the_cpu(op):
         pytest.skip("neither the CUDA extension nor CuPy")
     args = [x.cuda() if isinstance(x, torch.Tensor) else x for x in direct_calls()[op]]
     args[1] = args[1].cpu()
-    with pytest.raises((ValueError, RuntimeError), match=r"(key|lse_a|query_step|mean): (expected a CUDA|device)"):
+    with pytest.raises(
+        (ValueError, RuntimeError), match=r"(key|lse_a|query_step|mean): (expected a CUDA|device)"
+    ):
         getattr(torch.ops.sparse_attn, op).cuda(*args)
 
 
