@@ -32,19 +32,20 @@ PATIENCE = 600.0  # for a part of a dry run: the interpreter's speed is nobody's
 # in order of worth: name -> (module.function, most seconds); together no more than TOTAL, so that
 # no part takes the time of another
 PARTS = {
-    "build": ("machine.build", 80),
+    "build": ("machine.build", 70),
     "machine": ("machine.machine", 10),
     "check": ("check.run", 70),
     "tests": ("machine.tests", 78),
     "dense": ("attention.dense", 30),
     "sparse": ("attention.sparse", 20),
+    "sale": ("sale.run", 20),
     "flex_prefill": ("flex_prefill.run", 25),
     "hip": ("hip.run", 15),
     "decode": ("attention.decode", 10),
     "squeezed": ("squeezed.run", 12),
     "operators": ("operators.run", 20),
     "memcheck": ("machine.memcheck", 40),
-    "racecheck": ("machine.racecheck", 40),
+    "racecheck": ("machine.racecheck", 30),
     "first_call": ("machine.first_call", 25),
     "sweep": ("attention.sweep", 10),
 }

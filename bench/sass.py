@@ -1,9 +1,9 @@
-"""`python -m bench sass`: what SALE's selection pass executes per block of keys, from the machine code.
+"""`python -m bench sass`: what SALE's selection executes per block of keys, from the machine code.
 
-Compiles sale_estimate's kernels for GPUs that are not here, disassembles them and counts what a warp
-executes for its 64 queries and a block of keys: the largest piece of code without a branch that has
-products. Writes bench/results/sass.json, from which docs/gpu.md is made. Needs nvcc, and cuobjdump
-of CUDA's toolkit or of Triton.
+Compiles sale_estimate's kernels for GPUs that are not here, disassembles them and counts what a
+warp executes for its 64 queries and a block of keys, which is a piece of code without a jump.
+Writes bench/results/sass.json, from which docs/gpu.md is made. Needs nvcc, and cuobjdump of CUDA's
+toolkit or of Triton.
 """
 
 from __future__ import annotations

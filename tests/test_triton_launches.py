@@ -62,8 +62,10 @@ def test_sale_is_small():
 
     largest = []
     of_codes = ["sale_sum_kernel", "sale_mean_kernel", "sale_code_kernel"]
-    assert names(sale) == [*of_codes, *of_codes, "sale_threshold_kernel", "sale_expand_kernel",
-                           "sale_scale_kernel", "sale_estimate_kernel", "sale_list_kernel"]  # fmt: skip
+    assert names(sale) == [
+        *of_codes, *of_codes, "sale_threshold_kernel", "sale_expand_kernel", "sale_scale_kernel",
+        "sale_estimate_kernel", "sale_list_kernel",
+    ]  # fmt: skip
     # the lists are the largest; never heads x queries x keys
     assert largest[0] == 8 * (131072 // 64) * (131072 // 32)
 

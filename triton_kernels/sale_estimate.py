@@ -14,16 +14,16 @@ import triton
 import triton.language as tl
 
 from . import configs, launch
-from .sale_quantize import SIZE_BITS, UNITS, UNITS_BITS
+from .sale_quantize import SIZE_BITS, UNITS
 
 LIMIT = tl.constexpr(2.0**30)
 SMALL = tl.constexpr(2.0**21)  # rounded biases below are the low bits of UNITS + bias
 WHOLE = tl.constexpr(2.0**23)  # numbers from here on are integers
 TINY = tl.constexpr(2.0**-126)
 EXPAND_ROWS = 64
-# lengths vary from call to call: nothing of them is compiled for
+# lengths vary from call to call: only strides are worth compiling for
 SIZES = ["Hq", "Hkv", "Tq", "Tk", "Mq", "n_blocks", "steps", "n_words", "sink", "local", "tiles",
-         "splits", "rows", "k_b", "k_h", "k_t", "q_b", "q_h", "q_t"]  # fmt: skip
+         "splits", "rows"]  # fmt: skip
 
 
 @triton.jit
@@ -95,7 +95,7 @@ def sale_estimate_kernel(
     HALF: tl.constexpr, Q_BLOCK: tl.constexpr, KV_BLOCK: tl.constexpr, BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """Which blocks of the middle hold a kept pair: [B * Hq, Mq, n_words, blocks of a step] words."""
+    """Which blocks of the middle hold a kept pair: [B * Hq, Mq, n_words, blocks of a step]."""
     BLOCKS: tl.constexpr = BLOCK_N // KV_BLOCK  # of keys, in a step
     GROUPS: tl.constexpr = 4 * BLOCKS  # of keys with one step of their codes
     PARTS: tl.constexpr = BLOCK_M // Q_BLOCK  # blocks of queries
@@ -148,16 +148,16 @@ def sale_estimate_kernel(
             b_t = tl.load(p_scaled + step * BLOCK_N)[None, :] * b_inverse[:, None]
             if tl.load(most + i_head * steps + step) * most_inverse < SMALL:
                 b_n += (b_t + UNITS).to(tl.int32, bitcast=True)
-                b_n = tl.max(tl.reshape(b_n, [BLOCK_M, BLOCK_N // GROUPS, GROUPS]), 1)
-                b_x = b_n.to(tl.float32, bitcast=True) - UNITS
+                b_most = tl.max(tl.reshape(b_n, [BLOCK_M, BLOCK_N // GROUPS, GROUPS]), 1)
+                b_x = b_most.to(tl.float32, bitcast=True) - UNITS
             else:
                 b_t = tl.where(b_t < LIMIT, b_t, LIMIT)
                 b_t = tl.where(b_t > -LIMIT, b_t, -LIMIT)
                 b_r = tl.where(b_t < 0.0, -WHOLE, WHOLE)
                 b_r = tl.where(tl.abs(b_t) < WHOLE, (b_t + b_r) - b_r, b_t)
                 b_n += b_r.to(tl.int32)
-                b_n = tl.max(tl.reshape(b_n, [BLOCK_M, BLOCK_N // GROUPS, GROUPS]), 1)
-                b_x = b_n.to(tl.float32)
+                b_most = tl.max(tl.reshape(b_n, [BLOCK_M, BLOCK_N // GROUPS, GROUPS]), 1)
+                b_x = b_most.to(tl.float32)
             m_g = step * GROUPS + o_g < 4 * n_blocks
             b_ks = tl.load(p_step + step * GROUPS + o_g, mask=m_g, other=0.0)
             b_x = (b_qs[:, None] * b_ks[None, :]) * b_x

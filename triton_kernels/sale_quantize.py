@@ -92,7 +92,7 @@ def sale_code_kernel(
     x, center, floor, packed, step, H, T, tiles, groups, x_b, x_h, x_t, GROUP: tl.constexpr,
     KV_BLOCK: tl.constexpr, D: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """Codes [T, D / 2] and steps of BLOCK_T tokens of a head; BLOCK_D covers half of the channels."""
+    """Codes [T, D / 2] and steps of BLOCK_T tokens; BLOCK_D covers half of the channels."""
     HALF: tl.constexpr = D // 2
     pid = tl.program_id(0)
     i_head, i_tile = (pid // tiles).to(tl.int64), pid % tiles

@@ -87,7 +87,7 @@ def one(
 
 def recall(query: torch.Tensor, key: torch.Tensor, index: BlockIndex, samples: int = 32) -> float:
     """Mean share of the attention mass inside the chosen blocks, over sampled rows."""
-    n = key.shape[2]
+    n, q_block, kv_block = key.shape[2], index.q_block, index.kv_block
     rows = torch.linspace(0, n - 1, samples, device=query.device).long().unique()
     position = torch.arange(n, device=query.device)
     kept = 0.0
@@ -95,12 +95,12 @@ def recall(query: torch.Tensor, key: torch.Tensor, index: BlockIndex, samples: i
         keys = key[0, h * key.shape[1] // query.shape[1]].float()
         scores = query[0, h, rows].float() @ keys.T / query.shape[3] ** 0.5
         mass = scores.masked_fill(position > rows[:, None], -torch.inf).softmax(-1)
-        lists = index.indices[0, h, rows // 128].long()
+        lists = index.indices[0, h, rows // q_block].long()
         listed = torch.arange(lists.shape[1], device=lists.device) < index.counts[
-            0, h, rows // 128
+            0, h, rows // q_block
         ].unsqueeze(1)
-        chosen = torch.zeros(len(rows), -(-n // 128), dtype=torch.bool, device=lists.device)
+        chosen = torch.zeros(len(rows), -(-n // kv_block), dtype=torch.bool, device=lists.device)
         chosen.scatter_(1, lists * listed, listed)
         chosen[:, 0] |= (listed & (lists == 0)).any(1)
-        kept += (mass * chosen[:, position // 128]).sum(-1).mean().item()
+        kept += (mass * chosen[:, position // kv_block]).sum(-1).mean().item()
     return kept / query.shape[1]

@@ -77,22 +77,23 @@ a few registers of bf16.
 SALE = """
 ## SALE's selection, estimated
 
-Not measured: counted in the machine code of `sale_estimate`'s CUDA kernel (`python -m bench sass`),
-which a warp executes for 64 queries × 32 keys of one head.
+Not measured: counted in the machine code of `sale_estimate`'s CUDA kernel (`python -m bench
+sass`), which a warp executes for 64 queries × 32 keys of one head.
 
 | GPU | head_dim | instructions | of them products | |
 |---|---|---|---|---|
 {rows}
-On an H100 SXM ({processors} multiprocessors, {clock} GHz, 8192 operations of 8-bit integers per clock
-and multiprocessor at the peak of 1979 TOP/s, four instructions issued per clock) at 128k tokens,
-32 heads, head_dim 128, where the fastest dense kernel is taken to need {dense:.0f} ms (600 TFLOP/s):
+On an H100 SXM ({processors} multiprocessors, {clock} GHz, 8192 operations of 8-bit integers per
+clock and multiprocessor at the peak of 1979 TOP/s, four instructions issued per clock) at 128k
+tokens, 32 heads, head_dim 128, where the fastest dense kernel is taken to need {dense:.0f} ms
+(600 TFLOP/s):
 
 | bound | clocks per 64 × 32 | ms | share of dense |
 |---|---|---|---|
 {bounds}
-The peak needs wgmma. This kernel has mma.sync, which published measurements put at 60 to 65 % of it:
-the first row is out of its reach, the second is what to expect at best, and the goal of 20 % is
-missed by it. The Triton kernel is compiled to {triton}.
+The peak needs wgmma. This kernel has mma.sync, which published measurements put at 60 to 65 % of
+it: the first row is out of its reach, the second is what to expect at best, and the goal of 20 %
+is missed by it. The Triton kernel is compiled to {triton}.
 Quantisation, the reference region and the lists come on top.
 """
 PROCESSORS, CLOCK, DENSE_RATE, HEADS, LENGTH = 132, 1.83e9, 600e12, 32, 131072

@@ -1,11 +1,11 @@
 // 4-bit codes as operands of the tensor cores.
 //
-// A row of codes is read in words of eight: two channels in each byte, low and high. The dot product
-// does not care for the order of channels, so a lane takes whole words as they lie in memory, the
-// same of queries and keys. Up to sm_89 a word is an operand. Later GPUs have no 4-bit product: there
-// a word becomes two of 8-bit integers, low and high. Codes of keys are widened to code + 8, which is
-// one or two instructions less per word than to extend the sign; what that adds to a row of products,
-// 8 times the sum of the query's codes, is `excess`.
+// A row of codes is read in words of eight: two channels in each byte, low and high. The dot
+// product does not care for the order of channels, so a lane takes whole words as they lie in
+// memory, the same of queries and keys. Up to sm_89 a word is an operand. Later GPUs have no 4-bit
+// product: there a word becomes two of 8-bit integers, low and high. Codes of keys are widened to
+// code + 8, in fewer instructions than it takes to extend the sign; what that adds to a row of
+// products, 8 times the sum of the query's codes, is `excess`.
 #pragma once
 #include "sm80.cuh"
 
@@ -41,7 +41,7 @@ struct QueryCodes {
   static constexpr int kSteps = kInt4 ? kWords / 2 : kWords;
   uint32_t a[kSteps][4];
 
-  // Returns the lane's part of the sum of a row's codes, of both rows; 0 where nothing is in excess.
+  // `sum`: the lane's part of the sum of each row's codes; 0 where nothing is in excess.
   __device__ __forceinline__ void set(const uint32_t (&upper)[kWords],
                                       const uint32_t (&lower)[kWords], int (&sum)[2]) {
     sum[0] = sum[1] = 0;

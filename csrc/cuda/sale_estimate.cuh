@@ -1,9 +1,9 @@
 // sale_estimate: sparse_attn/reference/sale_estimate.py says what, to the bit.
 //
 // A warp owns a unit, 64 queries of one head, whose codes stay in registers; the four units of a
-// block of threads share a KV head, so that each key is loaded once for all of them. Keys come 128 at
-// a time. Of a block of keys a lane has one step for all keys and one for each two of its rows, so
-// the bias goes into the integer product, the largest integer of a row decides, and only that is
+// block of threads share a KV head, so that each key is loaded once for all of them. Keys come 128
+// at a time. Of a block of keys a lane has one step for all keys and one for each two of its rows,
+// so the bias goes into the integer product, the largest integer of a row decides, and only that is
 // turned into a score. Lanes keep bits of their own, 32 blocks to a word, joined at its end.
 #pragma once
 #include "sale_codes.cuh"
@@ -110,8 +110,8 @@ struct EstimateStage {
   }
 };
 
-// What a lane needs of its rows once for each block of keys; in shared memory, the same for the lanes
-// of a row. [i][g] has rows g and g + 8 of tiles 2 i and 2 i + 1.
+// What a lane needs of its rows once for each block of keys; in shared memory, the same for the
+// lanes of a row. [i][g] has rows g and g + 8 of tiles 2 i and 2 i + 1.
 struct UnitRows {
   Pack<float, 4> theta[2][8];
   Pack<int, 4> excess[2][8];
@@ -342,7 +342,9 @@ __global__ void __launch_bounds__(kListThreads)
   const int64_t row = query_block * p.q_block + tid;
   const bool open = tid < p.q_block && row < p.Tq && !(p.theta[head * p.Tq + row] > -kInfinity);
   const bool every = __syncthreads_or(open);
-  const int64_t per_row = (p.q_block + kUnitRows - 1) / kUnitRows;  // rows of the mask
+  const int64_t per_block = (p.q_block + kUnitRows - 1) / kUnitRows;  // rows of the mask
+  const int64_t first_row = query_block * per_block;
+  const int64_t end_row = min(first_row + per_block, p.mask_rows);
   int32_t* const indices = p.indices + int64_t{blockIdx.x} * p.Nk;
   int count = 0;
   for (int first = 0; first * 32 < region.seen; first += kListThreads) {
@@ -350,7 +352,7 @@ __global__ void __launch_bounds__(kListThreads)
     uint32_t bits = bits_of(word, region.sink, region.local);
     if (bits != 0 && !every) {
       uint32_t kept = 0;
-      for (int64_t i = query_block * per_row; i < min((query_block + 1) * per_row, p.mask_rows); ++i)
+      for (int64_t i = first_row; i < end_row; ++i)
         kept |= p.mask[(head * p.mask_rows + i) * p.words + word];
       bits &= kept;
     }

@@ -34,7 +34,8 @@ static inline SaleEstimatePlan plan_sale_estimate(const SaleEstimateCudaParams& 
   plan.words = p.D <= 64 ? 2 : p.D <= 128 ? 4 : 8;
   plan.key_tiles = p.kv_block / 8;
   const int64_t warps = kEstimateThreads / 32, blocks = kStageKeys / p.kv_block;
-  const int64_t stage = kStageKeys * plan.words * 16 + warps * blocks * (p.kv_block + kRecordExtra) * 4;
+  const int64_t records = warps * blocks * (p.kv_block + kRecordExtra) * 4;
+  const int64_t stage = kStageKeys * plan.words * 16 + records;
   plan.prepare = launch(p.B * p.Hq * ceil_div(p.Nk * p.kv_block, kPrepareThreads), kPrepareThreads,
                         kPrepareThreads / 16 * 4);
   plan.invert = launch(ceil_div(p.B * p.Hq * ceil_div(p.Tq, 16) * 8, kPrepareThreads),

@@ -72,8 +72,8 @@ __device__ __forceinline__ int group_of(SaleGroup group, int block, int token) {
   return token;
 }
 
-// Codes and steps of kCodeTokens tokens. A token's lanes have eight of its channels each, four in the
-// lower half and those that share their bytes.
+// Codes and steps of kCodeTokens tokens. A token's lanes have eight of its channels each: four in
+// the lower half, and those that share their bytes.
 template <class T>
 __global__ void __launch_bounds__(kCodeThreads)
     sale_code_kernel(const __grid_constant__ SaleQuantizeCudaParams p) {
@@ -109,8 +109,10 @@ __global__ void __launch_bounds__(kCodeThreads)
     read(token, low, high);
     int size = 0;
 #pragma unroll
-    for (int e = 0; e < 4; ++e)
-      size = max(size, max(__float_as_int(low[e]) & 0x7fffffff, __float_as_int(high[e]) & 0x7fffffff));
+    for (int e = 0; e < 4; ++e) {
+      size = max(size, __float_as_int(low[e]) & 0x7fffffff);
+      size = max(size, __float_as_int(high[e]) & 0x7fffffff);
+    }
     atomicMax(most + group_of(p.group, block, token), size);
   }
   __syncthreads();

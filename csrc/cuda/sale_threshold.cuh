@@ -22,7 +22,7 @@ __global__ void __launch_bounds__(128)
   float* const sums = reinterpret_cast<float*>(tokens + 2 * C::kKeys);    // of rows
 
   const int parts = static_cast<int>(p.parts), q_block = static_cast<int>(p.q_block);
-  const int part = static_cast<int>(blockIdx.x) % parts, rest = static_cast<int>(blockIdx.x) / parts;
+  const int index = static_cast<int>(blockIdx.x), part = index % parts, rest = index / parts;
   const int query_block = rest % static_cast<int>(p.Mq), head = rest / static_cast<int>(p.Mq);
   const int Hq = static_cast<int>(p.Hq), batch = head / Hq;
   const int kv = head % Hq / (Hq / static_cast<int>(p.Hkv));

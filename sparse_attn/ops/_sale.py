@@ -90,10 +90,11 @@ def dots(x, center, vectors):
     by a matrix product, which may round to fewer bits.
     """
     out = vectors.new_empty((*vectors.shape[:3], x.shape[2]))
-    for start in range(0, x.shape[2], PIECE):
-        part = x[:, :, start : start + PIECE].to(vectors.dtype)
+    piece = PIECE if x.device.type == "cpu" else 8 * PIECE  # a GPU wants few launches
+    for start in range(0, x.shape[2], piece):
+        part = x[:, :, start : start + piece].to(vectors.dtype)
         part = part if center is None else part - center[:, :, None]
-        out[..., start : start + PIECE] = (part[:, :, None] * vectors[:, :, :, None]).sum(-1)
+        out[..., start : start + piece] = (part[:, :, None] * vectors[:, :, :, None]).sum(-1)
     return out.flatten(1, 2)
 
 

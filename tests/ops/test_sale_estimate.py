@@ -175,6 +175,16 @@ def test_strange_numbers(run):
     assert middle() == [False] * 6
 
 
+@pytest.mark.parametrize("run", KERNELS, ids=str)
+def test_long_rows(run):
+    """More blocks than a word of any kernel's mask has bits, and words enough to share."""
+    args = case(Tq=40, Tk=2300, D=32, Hq=1, kv_block=16, spread=4.0)
+    grid = {"q_block": 32, "kv_block": 16, "local": 64}
+    want = op(*args, **grid, backend="reference")
+    assert 20 < want[1].max() < 120
+    assert all(torch.equal(g, w) for g, w in zip(call(op, run, *args, **grid), want, strict=True))
+
+
 @pytest.mark.parametrize("run", RUNS, ids=str)
 @pytest.mark.parametrize("shape", [(1, 1), (1, 300), (300, 130), (64, 127), (130, 131)], ids=str)
 def test_no_bar_is_every_visible_block(run, shape):

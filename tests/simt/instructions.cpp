@@ -7,8 +7,8 @@
 //                  first two, of the right half in the others
 //   mma b [16, 8]  register r holds rows 2t + 8r and the next, column g
 //   mma d [16, 8]  0, 1: row g, columns 2t, 2t + 1; 2, 3: the same of row g + 8
-// Integers of 8 and 4 bits have the same layout with four and eight elements per register: with n of
-// them, columns n t of a's halves and rows n t of b's.
+// Integers of 8 and 4 bits have the same layout with n = 4 and 8 elements per register: n t takes the
+// place of 2t, 4 n that of 8.
 #include <type_traits>
 #include <unordered_map>
 #include <utility>
@@ -199,8 +199,9 @@ void mma(void* const* lanes, uint32_t) {
 // The integer of kBits in place `which` of a register.
 template <int kBits, bool kSigned>
 int integer(uint32_t packed, int which) {
-  const auto bits = static_cast<int32_t>(packed << (32 - kBits * (which + 1)));
-  return kSigned ? bits >> (32 - kBits) : static_cast<int>(static_cast<uint32_t>(bits) >> (32 - kBits));
+  const uint32_t top = packed << (32 - kBits * (which + 1));  // it, in the highest bits
+  if (kSigned) return static_cast<int32_t>(top) >> (32 - kBits);
+  return static_cast<int>(top >> (32 - kBits));
 }
 
 template <int kBits, bool kSignedB>

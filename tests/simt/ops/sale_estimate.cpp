@@ -1,5 +1,5 @@
-// sale_estimate, and what its plan says. An odd seed runs the products of 4-bit integers, which GPUs
-// up to sm_89 have, an even one those of 8-bit integers.
+// sale_estimate, and what its plan says. An odd seed runs the products of 4-bit integers, which
+// GPUs up to sm_89 have, an even one those of 8-bit integers.
 #include "cuda/sale_estimate.cuh"
 #include "cuda/sale_estimate_plan.h"
 #include "simt/ops/common.h"
