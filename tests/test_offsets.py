@@ -9,6 +9,7 @@ from sparse_attn.ops import (
     hip_prune_select,
     hip_select,
     merge_attention_states,
+    sale_quantize,
 )
 from tests.cases import ISAS, call
 
@@ -50,6 +51,7 @@ def test_far_elements(memory, isa, which):
         (hip_select.op, lambda k, v: (query, k, 6, 16, 2, 2, 1, 2, 3)),
         (hip_select.op, lambda k, v: (k, query, 6, 16, 2, 2, 1, 2, 3)),
         (hip_prune_select.op, lambda k, v: (query, k, [16, 2], [16, 6], [1, 1], 16, 2, 3)),
+        (sale_quantize.op, lambda k, v: (k, None, "key")),
         (merge_attention_states.op, lambda k, v: (k, lse, v, 2 * lse)),
     ):  # fmt: skip
         want, got = call(op, run, *of(*near)), call(op, run, *of(*far))
