@@ -27,6 +27,12 @@ MEASURED: dict[str, dict[str, Crossover]] = {
         "amx": Crossover(16384, 4096),
         "avx512bf16": Crossover(8192, 4096),
     },
+    "hip": {
+        "avx512bf16": Crossover(8192, 1),
+    },
+    "infinite_hip": {
+        "avx512bf16": Crossover(32768, 1),
+    },
 }
 CAUTIOUS = Crossover(16384, 4096)  # where nobody has measured
 

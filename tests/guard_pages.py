@@ -18,6 +18,8 @@ from sparse_attn.ops.block_sparse_attention import op as attend
 from sparse_attn.ops.block_sparse_attention_backward import op as backward
 from sparse_attn.ops.flex_prefill_attention import op as flex_prefill
 from sparse_attn.ops.flex_prefill_select import op as select
+from sparse_attn.ops.hip_prune_select import op as hip_prune
+from sparse_attn.ops.hip_select import op as hip_select
 from sparse_attn.ops.merge_attention_states import op as merge
 from tests.cases import DTYPES, Shape, index, inputs, instruction_set
 
@@ -161,6 +163,33 @@ def flex_prefill_cases() -> Iterator[tuple[str, object, list[torch.Tensor]]]:
                     yield f"flex_prefill_attention, {name}", run, [query, key, value]
 
 
+HIP = [
+    Shape(Tq=70, Tk=300, D=64, Hq=4, Hkv=2),
+    Shape(Tq=33, Tk=200, D=33, B=2),  # no pairs of dimensions
+    Shape(Tq=20, Tk=131, D=40),
+    Shape(Tq=1, Tk=400, D=128, Hq=4, Hkv=1),  # few voters
+    Shape(Tq=3, Tk=150, D=2, Hq=3, Hkv=3),
+]
+
+
+def hip_cases() -> Iterator[tuple[str, object, list[torch.Tensor]]]:
+    for shape in HIP:
+        for dtype in DTYPES:
+            for layout, (query, key) in layouts(*inputs(shape, dtype)[:2]).items():
+                name = f"{dtype}, {layout}, {shape}"
+                for share in (False, True):
+                    run = partial(
+                        hip_select, budget=21, q_block=16, kv_block=3, sink=5, window=9,
+                        share_kv_heads=share, backend="cpp",
+                    )  # fmt: skip
+                    yield f"hip_select, {name}, {share=}", run, [query, key]
+                run = partial(
+                    hip_prune, chunks=[32, 8], keeps=[96, 24], q_strides=[2, 1], q_block=16,
+                    sink=5, window=9, backend="cpp",
+                )  # fmt: skip
+                yield f"hip_prune_select, {name}", run, [query, key]
+
+
 def merge_cases() -> Iterator[tuple[str, object, list[torch.Tensor]]]:
     for shape in (Shape(Tq=33, D=64), Shape(B=2, Hq=3, Tq=601, D=5)):
         for dtype in DTYPES:
@@ -174,7 +203,9 @@ def merge_cases() -> Iterator[tuple[str, object, list[torch.Tensor]]]:
 def run_all(isa: str) -> None:
     torch.manual_seed(0)
     with instruction_set(isa):
-        for cases in (attention_cases, backward_cases, flex_prefill_cases, merge_cases):
+        for cases in (
+            attention_cases, backward_cases, flex_prefill_cases, hip_cases, merge_cases,
+        ):  # fmt: skip
             for case in cases():
                 check(*case)
 

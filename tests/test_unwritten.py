@@ -5,7 +5,14 @@ from contextlib import contextmanager
 import pytest
 import torch
 
-from sparse_attn.ops import block_sparse_attention, flex_prefill_select, merge_attention_states
+from sparse_attn.ops import (
+    block_sparse_attention,
+    flex_prefill_select,
+    hip_prune_select,
+    hip_select,
+    merge_attention_states,
+)
+from tests import hip
 from tests.cases import DTYPES, RUNS, Shape, call, index, inputs
 
 NEVER = torch.iinfo(torch.int32).max  # what poisons an int32
@@ -46,3 +53,20 @@ def test_nothing_is_left_unwritten(run, shape):
         assert ((counts >= 0) & (counts <= indices.shape[-1])).all()
         places = torch.arange(indices.shape[-1]) < counts[..., None]
         assert (indices[places] < indices.shape[-1]).all()
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=lambda s: f"{s.Tq}x{s.Tk}")
+@pytest.mark.parametrize("op", [hip_select.op, hip_prune_select.op], ids=lambda op: op.name)
+def test_no_place_of_an_index_is_left_unwritten(op, shape):
+    """The places behind a list, too: they are 0."""
+    options = {"q_block": shape.q_block, "window": 5, "sink": 3}
+    if op is hip_select.op:
+        options |= {"budget": 40, "kv_block": min(shape.kv_block, 8)}
+    else:
+        options |= {"chunks": [16, 4], "keeps": [64, 20], "q_strides": [1, 1]}
+    for run in hip.runs_of(op):
+        for dtype in DTYPES if run[0] == "cpp" else DTYPES[2:]:
+            query, key, _ = inputs(shape, dtype)
+            with poisoned():
+                indices, counts = call(op, run, query, key, **options)
+            hip.check_index(indices, counts, shape.Tk)

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import torch
 
-from sparse_attn import attention, select
+from sparse_attn import attention
 from sparse_attn.cpu_isa import BEST
 from sparse_attn.crossover import CAUTIOUS, MEASURED
 from sparse_attn.methods import METHODS
+from sparse_attn.ops.block_sparse_attention import op as attend
 
 from ..harness import Report, check, time_in_turn
 from ..inputs import gen
@@ -45,10 +46,12 @@ def measure(
     """Adds dense time / method time for one size; defaults of the method, in tokens of the call."""
     config = METHODS[name]()
     out, stats = attention(query, key, value, config, fallback=False, return_stats=True)
-    rows = slice(-256, None)  # the last two query blocks: all of them would take the reference long
-    index = select(query, key, config)
-    part = index._replace(indices=index.indices[:, :, -2:], counts=index.counts[:, :, -2:])
-    want = attention(query[:, :, rows], key, value, index=part, backend="reference")
+    index, sink, window = config.select(query, key)
+    # the last query block: all of them would take the reference long
+    rows = slice((query.shape[2] - 1) // index.q_block * index.q_block, None)
+    part = index._replace(indices=index.indices[:, :, -1:], counts=index.counts[:, :, -1:])
+    last = query[:, :, rows]
+    want, _ = attend(last, key, value, *part, True, sink, window, backend="reference")
     check(what, out[:, :, rows], want, 1e-2)
     seconds = time_in_turn(
         {

@@ -82,10 +82,9 @@ inline void set_hip_search(HipSelectParams& p, int64_t budget, int64_t q_stride,
   SA_CHECK(budget >= 1, "budget: got ", budget, ", expected 1 or more");
   SA_CHECK(p.kv_block >= 1 && p.kv_block <= 128, "kv_block: got ", p.kv_block,
            ", expected 1 to 128");
-  SA_CHECK(q_stride >= 1 && q_stride <= p.q_block, "q_stride: got ", q_stride, ", expected 1 to ",
-           p.q_block);
-  SA_CHECK(key_stride >= 1 && key_stride <= p.kv_block, "key_stride: got ", key_stride,
-           ", expected 1 to ", p.kv_block);
+  SA_CHECK(q_stride >= 1 && q_stride <= 128, "q_stride: got ", q_stride, ", expected 1 to 128");
+  SA_CHECK(key_stride >= 1 && key_stride <= 128, "key_stride: got ", key_stride,
+           ", expected 1 to 128");
   SA_CHECK(branch == 2 || branch == 4, "branch: got ", branch, ", expected 2 or 4");
   // not (budget + kv_block - 1), which may overflow
   p.keep = std::min((budget - 1) / p.kv_block + 1, (p.Tk - 1) / p.kv_block + 1);
@@ -107,8 +106,8 @@ inline void set_hip_stages(HipPruneParams& p, const std::vector<int64_t>& chunks
                  (i == 0 || (chunk <= chunks[i - 1] && chunks[i - 1] % chunk == 0)),
              "chunks[", i, "]: got ", chunk, ", expected 1 to 4096 that divides the one before");
     SA_CHECK(keeps[i] >= 1, "keeps[", i, "]: got ", keeps[i], ", expected 1 or more");
-    SA_CHECK(q_strides[i] >= 1 && q_strides[i] <= p.q_block, "q_strides[", i, "]: got ",
-             q_strides[i], ", expected 1 to ", p.q_block);
+    SA_CHECK(q_strides[i] >= 1 && q_strides[i] <= 128, "q_strides[", i, "]: got ", q_strides[i],
+             ", expected 1 to 128");
     p.chunk[i] = chunk, p.q_stride[i] = q_strides[i];
     p.keep[i] = (keeps[i] - 1) / chunk + 1;
   }

@@ -19,12 +19,6 @@ def one_of(name: str, x: Any, accepted: tuple[Any, ...]) -> None:
         raise ValueError(f"{name}: got {x!r}, expected one of {accepted}")
 
 
-def stride(name: str, x: Any, of: str, size: int) -> None:
-    check.integer(name, x)
-    if not 1 <= x <= size:
-        raise ValueError(f"{name}: got {x}, expected 1 to {size} ({of})")
-
-
 def budget(name: str, x: Any) -> None:
     check.integer(name, x)
     check.between(name, x, 1, check.MAX_INT64)

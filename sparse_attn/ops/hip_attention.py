@@ -17,7 +17,7 @@ op = Op(
 
 @op.fake
 def _(query, key, value, budget=512, q_block=64, kv_block=2, q_stride=2, key_stride=1, sink=16,
-      window=256, representative="centre", branch=2, share_kv_heads=False, causal=True,
+      window=256, representative="centre", branch=4, share_kv_heads=False, causal=True,
       scale=None):  # fmt: skip
     return fake_result(query, value)
 

@@ -35,7 +35,7 @@ def check_options(chunks, keeps, q_strides, q_block, sink, window, representativ
             above = f" that divides chunks[{i - 1}] = {chunks[i - 1]}" if i else ""
             raise ValueError(f"chunks[{i}]: got {chunk}, expected 1 to 4096{above}")
         hip.budget(f"keeps[{i}]", keep)
-        hip.stride(f"q_strides[{i}]", stride, "q_block", q_block)
+        check.block_size(f"q_strides[{i}]", stride)
     if chunks[-1] > 128:
         raise ValueError(f"chunks[-1]: got {chunks[-1]}, expected 1 to 128: it is the block size")
     for name, x in (("sink", sink), ("window", window)):

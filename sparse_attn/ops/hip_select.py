@@ -9,7 +9,7 @@ from . import _hip_kernels as kernels
 
 OPTIONS = (
     "SymInt budget=512, int q_block=64, int kv_block=2, int q_stride=2, int key_stride=1, "
-    'SymInt sink=16, SymInt window=256, str representative="centre", int branch=2, '
+    'SymInt sink=16, SymInt window=256, str representative="centre", int branch=4, '
     "bool share_kv_heads=False, bool causal=True, float? scale=None"
 )
 
@@ -21,7 +21,7 @@ op = Op(
 
 @op.fake
 def _(query, key, budget=512, q_block=64, kv_block=2, q_stride=2, key_stride=1, sink=16,
-      window=256, representative="centre", branch=2, share_kv_heads=False, causal=True,
+      window=256, representative="centre", branch=4, share_kv_heads=False, causal=True,
       scale=None, block_table=None, kv_lengths=None):  # fmt: skip
     heads = key.shape[1] if share_kv_heads else query.shape[1]
     return hip.fake_index(query, key, heads, q_block, kv_block, budget, block_table)
@@ -33,8 +33,8 @@ def check_options(budget, q_block, kv_block, q_stride, key_stride, sink, window,
     hip.budget("budget", budget)
     check.block_size("q_block", q_block)
     check.block_size("kv_block", kv_block)
-    hip.stride("q_stride", q_stride, "q_block", q_block)
-    hip.stride("key_stride", key_stride, "kv_block", kv_block)
+    check.block_size("q_stride", q_stride)
+    check.block_size("key_stride", key_stride)
     for name, x in (("sink", sink), ("window", window)):
         check.integer(name, x)
         check.between(name, x, 0, check.MAX_TOKENS)

@@ -1,0 +1,125 @@
+"""HiP end to end at 32k on the structured inputs: budget, recall and speed, beside the best choice.
+
+Recall is the share of attention mass kept, mean over 16 blocks of queries of every head.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+from sparse_attn import HiP, InfiniteHiP, attention
+from sparse_attn.block_index import BlockIndex
+from sparse_attn.methods import Selection
+
+from ..harness import Report, check, time_in_turn
+from ..inputs import gen, locality
+from ..recall import attention_mass, best_recall, recall
+
+CONFIGS = [
+    HiP(budget=512),
+    HiP(budget=2048),
+    HiP(budget=4096, kv_block=8, key_stride=4, q_stride=4, window=512),
+    HiP(budget=8192, kv_block=16, key_stride=8, q_stride=4, window=1024),
+    HiP(budget=12288, kv_block=32, key_stride=16, q_stride=4, window=1024),
+    HiP(budget=16384, kv_block=32, key_stride=16, q_stride=4, window=1024),
+    InfiniteHiP(keeps=(16384, 8192, 4096), q_strides=(4, 4, 4)),
+]
+
+
+def run(report: Report) -> None:
+    alike(report)
+    against_dense(report)
+    for kind in ("mixed", "sharp"):
+        q, k, v = gen(7, 32768, kind, Hq=8, Hkv=2, D=64)
+        query, key, value = (torch.from_numpy(x).transpose(1, 2).bfloat16() for x in (q, k, v))
+        end_to_end(report, kind, query, key, value)
+
+
+def alike(report: Report) -> None:
+    """Keys whose neighbours are alike: what a search needs; one block of queries at 8192."""
+    for length in (1, 4, 16, 64):
+        for budget in (512, 1024):
+            found = possible = 0.0
+            for seed in range(4):
+                query, key = (
+                    torch.from_numpy(x).transpose(1, 2) for x in locality(seed, 8192, length)
+                )
+                masses = attention_mass(query, key, 64, 1)
+                found += recall(masses, HiP(budget=budget, sink=64).select(query, key)) / 4
+                possible += best_recall(masses, budget, 2, 64, 256) / 4
+            report.add(f"HiP k = {budget}, keys alike over {length}: recall", found, best=possible)
+
+
+def against_dense(report: Report) -> None:
+    """Defaults of both methods beside own dense attention: from where on they pay."""
+    q, k, v = gen(7, 32768, "mixed", Hq=8, Hkv=2, D=64)
+    tensors = [torch.from_numpy(x).transpose(1, 2).bfloat16() for x in (q, k, v)]
+    for n in (2048, 4096, 8192, 16384, 32768):
+        for queries in (1, 128, min(n, 2048)):  # 2048: a chunk, whose rows see nearly all keys
+            query = tensors[0][:, :, n - queries : n]
+            key, value = (x[:, :, :n] for x in tensors[1:])
+            methods = {"dense": "dense", "hip": HiP(), "infinite_hip": InfiniteHiP()}
+            seconds = time_in_turn(
+                {
+                    name: lambda t=(query, key, value, m): attention(*t, fallback=False)
+                    for name, m in methods.items()
+                },
+                3,
+            )
+            for name in ("hip", "infinite_hip"):
+                report.add(
+                    f"{name}, defaults, vs own dense, last {queries} queries of {n} keys",
+                    seconds["dense"] / seconds[name],
+                )
+
+
+def describe(config: HiP | InfiniteHiP) -> tuple[str, int, int]:
+    """Name, budget and block of keys of a config."""
+    if isinstance(config, InfiniteHiP):
+        return "InfiniteHiP", config.keeps[-1], config.chunks[-1]
+    return "HiP", config.budget, config.kv_block
+
+
+def end_to_end(
+    report: Report, kind: str, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
+) -> None:
+    n, group = key.shape[2], query.shape[1] // key.shape[1]
+    wide_key, wide_value = (x.repeat_interleave(group, 1) for x in (key, value))
+    masses = attention_mass(query, key, 64, 16)
+    last = query[:, :, -64:]
+    alternatives = {
+        "sdpa": lambda: F.scaled_dot_product_attention(query, wide_key, wide_value, is_causal=True),
+        "dense": lambda: attention(query, key, value, "dense"),
+    }
+    kept = {}
+    for config in CONFIGS:
+        selection = config.select(query, key)
+        kept[config] = recall(masses, selection)
+        got = attention(query, key, value, config, fallback=False)[:, :, -64:]
+        check(str(config), got, last_rows(selection, last, key, value), 1e-2)
+        alternatives[config] = lambda c=config: attention(query, key, value, c, fallback=False)
+    seconds = time_in_turn(alternatives, 1)
+    for config in CONFIGS:
+        name, budget, block = describe(config)
+        report.add(
+            f"{name} vs sdpa, bfloat16, {kind}, 8/2 x {n} x 64, budget {budget}",
+            seconds["sdpa"] / seconds[config],
+            ">= 10" if kind == "mixed" and kept[config] >= 0.95 else "",
+            recall=kept[config],
+            best=best_recall(masses, budget, block, config.sink, config.window),
+            kv_block=block,
+            vs_own_dense=seconds["dense"] / seconds[config],
+            ms=seconds[config] * 1e3,
+        )
+
+
+def last_rows(
+    selection: Selection, last: torch.Tensor, key: torch.Tensor, value: torch.Tensor
+) -> torch.Tensor:
+    """What the reference makes of the last query block of a selection."""
+    from sparse_attn.ops.block_sparse_attention import op
+
+    index, sink, window = selection
+    part = BlockIndex(index.indices[:, :, -1:], index.counts[:, :, -1:], *index[2:])
+    return op(last, key, value, *part, True, sink, window, backend="reference")[0]

@@ -1,0 +1,189 @@
+"""HiP: a tree search for the keys of a query block (arXiv 2406.09827), reused in decoding."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+
+from ..block_index import BlockIndex
+from ..ops import _checks as check
+from ..ops import hip_select as ops
+from ..ops.block_sparse_attention import op as attend
+from ..registry import Op
+from . import Selection
+
+
+@dataclass(frozen=True)
+class HiP:
+    """Keeps about `budget` tokens per query block, beside a sink and a window.
+
+    Attributes:
+        budget: tokens that the search keeps (paper: k); 1 or more, default 512.
+        q_block: queries that share a choice (b_q); 1 to 128, default 64 (paper: 32, 64).
+        kv_block: tokens per block of keys (b_k); 1 to 128, default 2.
+        q_stride: every so many queries votes (b_sq); 1 to 128, default 2; q_block
+            or more: only its last.
+        key_stride: every so many keys of a block is scored (b_sk); 1 to 128, default 1.
+        sink: first tokens that every query attends to (n_sink); default 16.
+        window: last tokens that every query attends to (sw); default 256.
+        representative: what a chunk of blocks is judged by, its "centre" (paper) or its "first".
+        branch: parts that a chunk splits into, 2 (paper) or 4 (default): half the rounds, as many
+            keys read, more found.
+        share_kv_heads: one choice for the query heads of a KV head, by the best score of any of
+            them, instead of one per query head (paper).
+    """
+
+    budget: int = 512
+    q_block: int = 64
+    kv_block: int = 2
+    q_stride: int = 2
+    key_stride: int = 1
+    sink: int = 16
+    window: int = 256
+    representative: str = "centre"
+    branch: int = 4
+    share_kv_heads: bool = False
+
+    name: ClassVar[str] = "hip"
+
+    def __post_init__(self) -> None:
+        ops.check_options(
+            self.budget, self.q_block, self.kv_block, self.q_stride, self.key_stride, self.sink,
+            self.window, self.representative, self.branch,
+        )  # fmt: skip
+        if not isinstance(self.share_kv_heads, bool):
+            raise TypeError(f"share_kv_heads: got {self.share_kv_heads!r}, expected True or False")
+
+    def why_not(self, query: torch.Tensor, key: torch.Tensor, causal: bool) -> str | None:
+        return None
+
+    def selector(
+        self, query: torch.Tensor, key: torch.Tensor, causal: bool, scale: float | None
+    ) -> tuple[Op, tuple[Any, ...]]:
+        return ops.op, (
+            query, key, self.budget, self.q_block, self.kv_block, self.q_stride, self.key_stride,
+            self.sink, self.window, self.representative, self.branch, self.share_kv_heads, causal,
+            scale,
+        )  # fmt: skip
+
+    def select(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        *,
+        causal: bool = True,
+        scale: float | None = None,
+        backend: str | None = None,
+    ) -> Selection:
+        op, args = self.selector(query, key, causal, scale)
+        indices, counts = op(*args, backend=backend)
+        index = BlockIndex(indices, counts, self.q_block, self.kv_block)
+        return Selection(index, self.sink, self.window)
+
+
+class HiPState:
+    """One layer's choice while decoding: searched for every `refresh` tokens, reused in between.
+
+    Between two searches tokens leave the window of the first; nobody searched them. So the window
+    attended to is always wider than that of the search, by refresh - 1 tokens: no key is ever
+    invisible, and the shapes and numbers of a step do not depend on the age of the choice, which a
+    CUDA graph needs. Nothing is read from the device.
+
+        state = HiPState(HiP(budget=512, share_kv_heads=True), refresh=8)
+        out, lse = state.attention(query, key, value)  # once per step, key with the new token
+
+    Attributes:
+        config: what is searched for, and with which budget.
+        refresh: tokens from one search to the next (paper: r_m); 1 searches every time.
+        index: the choice in use, None before the first.
+        age: tokens since the search that made it.
+    """
+
+    def __init__(self, config: HiP | None = None, refresh: int = 8) -> None:
+        check.integer("refresh", refresh)
+        if refresh < 1:
+            raise ValueError(f"refresh: got {refresh}, expected 1 or more")
+        self.config = HiP(share_kv_heads=True) if config is None else config
+        self.refresh = refresh
+        self.reset()
+
+    def reset(self) -> None:
+        """Forgets the choice: for a new sequence."""
+        self.index: BlockIndex | None = None
+        self.age = 0
+        self._keys = 0
+
+    @property
+    def window(self) -> int:
+        """Tokens that a step attends to besides the blocks and the sink."""
+        return self.config.window + self.refresh - 1
+
+    def is_due(self, query: torch.Tensor, key: torch.Tensor) -> bool:
+        """Whether the next step has to search: a host decision from shapes and the age."""
+        if self.index is None:
+            return True
+        steps = query.shape[2]
+        rows = (query.shape[0], -(-steps // self.config.q_block))
+        fits = rows == (self.index.counts.shape[0], self.index.counts.shape[2])
+        grown = key.shape[2] - self._keys in (0, self.age + steps)  # 0: a cache of fixed size
+        return not (fits and grown and self.age + steps < self.refresh)
+
+    def search(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        *,
+        scale: float | None = None,
+        backend: str | None = None,
+    ) -> None:
+        """Makes a new choice, in the memory of the old one where it has the same shape."""
+        chosen = self.config.select(query.detach(), key.detach(), scale=scale, backend=backend)
+        new, old = chosen.index, self.index
+        if old is not None and old.indices.shape == new.indices.shape:
+            old.indices.copy_(new.indices)
+            old.counts.copy_(new.counts)
+        else:
+            self.index = new
+        self.age, self._keys = 0, key.shape[2]
+
+    def attend(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        *,
+        scale: float | None = None,
+        backend: str | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """(out, lse) over the choice in use, the sink and the widened window."""
+        if self.index is None:
+            raise RuntimeError("nothing has been chosen yet: call search() or attention() first")
+        return attend(
+            query, key, value, *self.index, True, self.config.sink, self.window, scale,
+            backend=backend,
+        )  # fmt: skip
+
+    def attention(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        *,
+        scale: float | None = None,
+        backend: str | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """One step: (out, lse) of the last queries [B, Hq, Tq, D] on key and value [B, Hkv, Tk, D].
+
+        Causal. Searches when the choice is `refresh` tokens old, when there is none, and when the
+        shapes are not those of a next step.
+        """
+        if self.is_due(query, key):
+            self.search(query, key, scale=scale, backend=backend)
+        else:
+            self.age += query.shape[2]
+        return self.attend(query, key, value, scale=scale, backend=backend)
+
+
+METHOD = HiP
