@@ -114,7 +114,7 @@ def hip_select(
     sink: int = 16,
     window: int = 256,
     representative: str = "centre",
-    branch: int = 2,
+    branch: int = 4,
     share_kv_heads: bool = False,
     causal: bool = True,
     scale: float | None = None,
