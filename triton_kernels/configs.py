@@ -205,7 +205,7 @@ def hip_tile(dtype: torch.dtype, head_dim: int, rows: int) -> dict[str, Any]:
     half, block_d = dtype.itemsize == 2, padded(head_dim)
     block_r = min(64 if half and block_d <= 128 else 32, padded(rows))
     return {
-        "D": head_dim, "BLOCK_D": block_d, "BLOCK_R": block_r,
+        "HOLD": half, "D": head_dim, "BLOCK_D": block_d, "BLOCK_R": block_r,
         "BLOCK_N": 64 if half and block_d <= 128 else 32,
         "num_warps": 4 if half and block_r * block_d < 8192 else 8,
         "num_stages": 3 if half and block_d <= 128 else 2,

@@ -117,6 +117,30 @@ def best_products(
     return tl.max(tl.where(counts, b_s, -float("inf")), 0)
 
 
+@triton.jit
+def best_of_rows(
+    b_first, b_limit, p_query, q_h, q_t, parts, heads, last, n_rows, limit, stride,
+    p_key, p_table, k_page, k_t, page_bits, tokens, valid, sign, HOLD: tl.constexpr,
+    D: tl.constexpr, CAUSAL: tl.constexpr, PAGED: tl.constexpr, BLOCK_R: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """The scores of the keys `tokens` by all parts of the queries: [N].
+
+    With HOLD the first part is `b_first`, in registers; without, it is loaded again each time.
+    """
+    b_s = tl.full([tokens.shape[0]], -float("inf"), tl.float32)
+    if HOLD:
+        b_s = best_products(b_first, b_limit, p_key, p_table, k_page, k_t, page_bits, tokens, valid,
+                            sign, D, PAGED, BLOCK_D)  # fmt: skip
+    for j in range(1 if HOLD else 0, parts):
+        b_q, b_l = query_rows(p_query, q_h, q_t, j, heads, last, n_rows, limit, stride,
+                              D, CAUSAL, BLOCK_R, BLOCK_D)  # fmt: skip
+        b_s = tl.maximum(b_s, best_products(
+            b_q, b_l, p_key, p_table, k_page, k_t, page_bits, tokens, valid, sign, D, PAGED, BLOCK_D
+        ))  # fmt: skip
+    return b_s
+
+
 def arguments(
     query: torch.Tensor,
     key: torch.Tensor,

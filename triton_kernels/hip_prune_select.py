@@ -17,7 +17,7 @@ from .hip_keys import (
     NONE,
     SIZES,
     arguments,
-    best_products,
+    best_of_rows,
     options,
     ordered,
     places,
@@ -38,38 +38,20 @@ def _room(size):
 
 
 @triton.jit
-def _best_of_rows(
-    b_first, b_limit, p_query, q_h, q_t, parts, heads, last, n_rows, limit, stride,
-    p_key, p_table, k_page, k_t, page_bits, tokens, valid, sign, D: tl.constexpr,
-    CAUSAL: tl.constexpr, PAGED: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr,
-):  # fmt: skip
-    """The scores of the keys `tokens`; the first part of the queries is loaded already."""
-    b_s = best_products(b_first, b_limit, p_key, p_table, k_page, k_t, page_bits, tokens, valid,
-                        sign, D, PAGED, BLOCK_D)  # fmt: skip
-    for j in range(1, parts):
-        b_q, b_l = query_rows(p_query, q_h, q_t, j, heads, last, n_rows, limit, stride,
-                              D, CAUSAL, BLOCK_R, BLOCK_D)  # fmt: skip
-        b_s = tl.maximum(b_s, best_products(
-            b_q, b_l, p_key, p_table, k_page, k_t, page_bits, tokens, valid, sign, D, PAGED, BLOCK_D
-        ))  # fmt: skip
-    return b_s
-
-
-@triton.jit
 def _scan(
     b_first, b_limit, p_query, q_h, q_t, parts, heads, last, n_rows, limit, stride,
     p_key, p_table, k_page, k_t, page_bits, start, end, valid, sign, ROOM: tl.constexpr,
-    D: tl.constexpr, CAUSAL: tl.constexpr, PAGED: tl.constexpr, BLOCK_R: tl.constexpr,
-    BLOCK_D: tl.constexpr,
+    HOLD: tl.constexpr, D: tl.constexpr, CAUSAL: tl.constexpr, PAGED: tl.constexpr,
+    BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """The scores of chunks [start, end) of at most ROOM keys by all of them: [C]."""
     o_s = tl.arange(0, ROOM)
     tokens = start[:, None] + o_s[None, :]
     m = valid[:, None] & (tokens < end[:, None])
-    b_s = _best_of_rows(
+    b_s = best_of_rows(
         b_first, b_limit, p_query, q_h, q_t, parts, heads, last, n_rows, limit, stride, p_key,
         p_table, k_page, k_t, page_bits, tl.reshape(tokens, [start.shape[0] * ROOM]),
-        tl.reshape(m, [start.shape[0] * ROOM]), sign, D, CAUSAL, PAGED, BLOCK_R, BLOCK_D,
+        tl.reshape(m, [start.shape[0] * ROOM]), sign, HOLD, D, CAUSAL, PAGED, BLOCK_R, BLOCK_D,
     )  # fmt: skip
     return tl.max(tl.reshape(b_s, [start.shape[0], ROOM]), 1)
 
@@ -78,8 +60,8 @@ def _scan(
 def _descend(
     b_first, b_limit, p_query, q_h, q_t, parts, heads, last, n_rows, limit, stride,
     p_key, p_table, k_page, k_t, page_bits, start, end, valid, sign, LEVELS: tl.constexpr,
-    CENTRE: tl.constexpr, D: tl.constexpr, CAUSAL: tl.constexpr, PAGED: tl.constexpr,
-    BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr,
+    CENTRE: tl.constexpr, HOLD: tl.constexpr, D: tl.constexpr, CAUSAL: tl.constexpr,
+    PAGED: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """The scores of chunks [start, end) by binary descent: [C]."""
     best = tl.full([start.shape[0]], -float("inf"), tl.float32)
@@ -90,9 +72,10 @@ def _descend(
             left, right = start + (middle - start) // 2, middle + (end - middle) // 2
         tokens = tl.reshape(tl.join(left, right), [2 * start.shape[0]])
         m = tl.reshape(tl.join(valid, valid), [2 * start.shape[0]])
-        b_s = _best_of_rows(
+        b_s = best_of_rows(
             b_first, b_limit, p_query, q_h, q_t, parts, heads, last, n_rows, limit, stride, p_key,
-            p_table, k_page, k_t, page_bits, tokens, m, sign, D, CAUSAL, PAGED, BLOCK_R, BLOCK_D,
+            p_table, k_page, k_t, page_bits, tokens, m, sign, HOLD, D, CAUSAL, PAGED, BLOCK_R,
+            BLOCK_D,
         )  # fmt: skip
         of_left, of_right = tl.split(tl.reshape(b_s, [start.shape[0], 2]))
         best = tl.maximum(best, tl.maximum(of_left, of_right))
@@ -109,8 +92,8 @@ def _stage(
     Tq, q_block, window, page_bits, sign, q_b, q_h, q_t, k_b, k_h, k_t, FIRST: tl.constexpr,
     SIZE: tl.constexpr, SPLIT: tl.constexpr, STRIDE: tl.constexpr, KEEP: tl.constexpr,
     LEVELS: tl.constexpr, ROOM: tl.constexpr, CENTRE: tl.constexpr, CAUSAL: tl.constexpr,
-    PAGED: tl.constexpr, D: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr,
-    BLOCK_D: tl.constexpr,
+    PAGED: tl.constexpr, HOLD: tl.constexpr, D: tl.constexpr, BLOCK_R: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """The best KEEP of the chunks into which `count` parents split, [ROOM], and their number.
 
@@ -160,13 +143,13 @@ def _stage(
                         b_s = _scan(
                             b_q, b_limit, p_query, q_h, q_t, parts, together, last, n_rows, limit,
                             STRIDE, p_key, p_table, k_b, k_t, page_bits, start, end, valid, sign,
-                            _room(SIZE), D, CAUSAL, PAGED, BLOCK_R, BLOCK_D,
+                            _room(SIZE), HOLD, D, CAUSAL, PAGED, BLOCK_R, BLOCK_D,
                         )  # fmt: skip
                     else:
                         b_s = _descend(
                             b_q, b_limit, p_query, q_h, q_t, parts, together, last, n_rows, limit,
                             STRIDE, p_key, p_table, k_b, k_t, page_bits, start, end, valid, sign,
-                            LEVELS, CENTRE, D, CAUSAL, PAGED, BLOCK_R, BLOCK_D,
+                            LEVELS, CENTRE, HOLD, D, CAUSAL, PAGED, BLOCK_R, BLOCK_D,
                         )  # fmt: skip
                     b_s = tl.gather(ordered(b_s), o_i % BLOCK_C, 0)
                     here = is_new & (o_i // BLOCK_C == i)
@@ -186,8 +169,8 @@ def hip_prune_select_kernel(
     page_bits, sign, q_b, q_h, q_t, k_b, k_h, k_t, t_b,
     CHUNKS: tl.constexpr, KEEPS: tl.constexpr, STRIDES: tl.constexpr, LEVELS: tl.constexpr,
     STAGES: tl.constexpr, ROOM: tl.constexpr, CENTRE: tl.constexpr, CAUSAL: tl.constexpr,
-    PAGED: tl.constexpr, HAS_LENGTHS: tl.constexpr, ROWS: tl.constexpr, D: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    PAGED: tl.constexpr, HAS_LENGTHS: tl.constexpr, ROWS: tl.constexpr, HOLD: tl.constexpr,
+    D: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """LEVELS of the descents and ROWS of a tile of each stage; lists have ROOM for candidates."""
     # lists that share keys run side by side, for the sake of the second-level cache
@@ -206,7 +189,7 @@ def hip_prune_select_kernel(
             query, key, table + batch * t_b, i_list, batch, begin, stop, n_keys, b_chunk, count,
             block, Hq // H, group, Tq, q_block, window, page_bits, sign, q_b, q_h, q_t, k_b, k_h,
             k_t, stage == 0, CHUNKS[stage], CHUNKS[stage - (stage > 0)] // CHUNKS[stage],
-            STRIDES[stage], KEEPS[stage], LEVELS[stage], ROOM, CENTRE, CAUSAL, PAGED, D,
+            STRIDES[stage], KEEPS[stage], LEVELS[stage], ROOM, CENTRE, CAUSAL, PAGED, HOLD, D,
             ROWS[stage], BLOCK_N, BLOCK_D,
         )  # fmt: skip
     o_out = (batch * H + i_list) * Mq + block

@@ -11,7 +11,7 @@ from .hip_keys import (
     NONE,
     SIZES,
     arguments,
-    best_products,
+    best_of_rows,
     options,
     ordered,
     places,
@@ -29,8 +29,8 @@ def hip_select_kernel(
     query, key, table, lengths, indices, counts, H, Hq, Hkv, Tq, Tk, Mq, K, q_block, sink, window,
     page_bits, sign, q_b, q_h, q_t, k_b, k_h, k_t, t_b, kv_block, key_stride, q_stride, keep,
     NODES: tl.constexpr, BRANCH: tl.constexpr, CENTRE: tl.constexpr, CAUSAL: tl.constexpr,
-    SAMPLES: tl.constexpr, PAGED: tl.constexpr, HAS_LENGTHS: tl.constexpr, D: tl.constexpr,
-    BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    SAMPLES: tl.constexpr, PAGED: tl.constexpr, HAS_LENGTHS: tl.constexpr, HOLD: tl.constexpr,
+    D: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """SAMPLES keys of a block, padded to a power of two, are scored; a tile is BLOCK_C blocks."""
     BLOCK_C: tl.constexpr = max(1, BLOCK_N // SAMPLES)
@@ -87,19 +87,11 @@ def hip_select_kernel(
             valid = (b_l > 0)[:, None] & (o_s * key_stride < kv_block)[None, :] & (tokens < n_keys)
             tokens = tl.reshape(tokens, [BLOCK_C * SAMPLES])
             valid = tl.reshape(valid, [BLOCK_C * SAMPLES])
-            b_s = best_products(
-                b_first, b_limit, p_key, p_table, k_b, k_t, page_bits, tokens, valid, sign,
-                D, PAGED, BLOCK_D,
+            b_s = best_of_rows(
+                b_first, b_limit, p_query, q_h, q_t, parts, heads, last, n_rows, limit, q_stride,
+                p_key, p_table, k_b, k_t, page_bits, tokens, valid, sign,
+                HOLD, D, CAUSAL, PAGED, BLOCK_R, BLOCK_D,
             )  # fmt: skip
-            for j in range(1, parts):
-                b_q, b_l2 = query_rows(
-                    p_query, q_h, q_t, j, heads, last, n_rows, limit, q_stride,
-                    D, CAUSAL, BLOCK_R, BLOCK_D,
-                )  # fmt: skip
-                b_s = tl.maximum(b_s, best_products(
-                    b_q, b_l2, p_key, p_table, k_b, k_t, page_bits, tokens, valid, sign,
-                    D, PAGED, BLOCK_D,
-                ))  # fmt: skip
             b_s = ordered(tl.max(tl.reshape(b_s, [BLOCK_C, SAMPLES]), 1))
             b_s = tl.where(b_l > 0, b_s, NONE)
             c_score = tl.where(o_c // BLOCK_C == i, tl.gather(b_s, o_c % BLOCK_C, 0), c_score)
@@ -122,7 +114,7 @@ def hip_select(
     sink: int = 16,
     window: int = 256,
     representative: str = "centre",
-    branch: int = 2,
+    branch: int = 4,
     share_kv_heads: bool = False,
     causal: bool = True,
     scale: float | None = None,

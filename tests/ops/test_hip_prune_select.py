@@ -204,7 +204,7 @@ def test_strange_numbers(run, value):
 @pytest.mark.parametrize("run", RUNS, ids=str)
 @pytest.mark.parametrize("page_size", [None, 16, 32, 128])
 def test_pages(run, page_size):
-    shape = Shape(B=3, Hq=4, Hkv=2, Tq=40, Tk=270)
+    shape = Shape(B=3, Hq=4, Hkv=2, Tq=brief(run, 40, 17), Tk=270)
     query, key = hip.smooth_keys(shape, dtype=dtype_for(run))
     lengths = [270, 131, 0]
     options = STAGES | {"keeps": [192, 64, 16], "q_block": 16, "window": 10, "sink": 4}
