@@ -11,10 +11,11 @@ import importlib
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import torch
+from torch._library.autograd import Info, make_autograd_impl
 from torch.autograd import forward_ad
 
 from . import _ext, env
@@ -64,7 +65,7 @@ class Op:
         LIBRARY.define(f"{self.name}{self.schema}")
         for backend in BACKENDS:
             LIBRARY.define(f"{self.name}.{backend}{self.schema}")
-        self.default = getattr(getattr(torch.ops, NS), self.name).default
+        self.default = self._overload(self.name)
 
     @property
     def overloads(self) -> list[str]:
@@ -158,7 +159,7 @@ class Op:
     def _add(
         self, backend: str, device: str, when: Callable[..., bool | str], missing: str | None
     ) -> None:
-        overload = getattr(getattr(getattr(torch.ops, NS), self.name), backend)
+        overload = self._overload(f"{self.name}.{backend}")
         self.impls.append(Impl(backend, device, when, overload, missing))
 
     def no_grad(self, advice: str) -> None:
@@ -169,7 +170,7 @@ class Op:
             raise NotImplementedError(f"{NS}::{name} has no backward. {advice}")
 
         for overload in self.overloads:
-            torch.library.register_autograd(f"{NS}::{overload}", backward, lib=LIBRARY)
+            self._register_autograd(overload, None, backward)
 
     def autograd(self, setup_context: Callable[..., None], backward: Callable[..., Any]) -> None:
         """Gives every overload a gradient, as torch.library.register_autograd does.
@@ -178,17 +179,35 @@ class Op:
         """
         for overload in self.overloads:
             fn = partial(backward, overload.partition(".")[2] or None)
-            torch.library.register_autograd(
-                f"{NS}::{overload}", fn, setup_context=setup_context, lib=LIBRARY
-            )
+            self._register_autograd(overload, setup_context, fn)
+
+    def _register_autograd(
+        self,
+        overload: str,
+        setup_context: Callable[..., None] | None,
+        backward: Callable[..., Any],
+    ) -> None:
+        """As torch.library.register_autograd, which would build two classes for each overload.
+
+        They are a third of the time that the import takes, so they are built at the first call.
+        """
+        target = self._overload(overload)
+
+        @cache
+        def kernel() -> Callable[..., Any]:
+            return make_autograd_impl(target, Info(backward, setup_context))
+
+        LIBRARY.impl(overload, lambda *args: kernel()(*args), "Autograd", with_keyset=True)
+
+    def _overload(self, overload: str) -> Any:
+        name, _, variant = overload.partition(".")
+        return getattr(getattr(getattr(torch.ops, NS), name), variant or "default")
 
     def autocast(self, tensors: int) -> None:
         """Under autocast the first `tensors` arguments are cast to its dtype, on every path."""
         self._autocast = tensors
         for overload in self.overloads:
-            target = getattr(torch.ops, NS)
-            name, _, variant = overload.partition(".")
-            target = getattr(getattr(target, name), variant or "default")
+            target = self._overload(overload)
             for device, key in (("cpu", "AutocastCPU"), ("cuda", "AutocastCUDA")):
                 LIBRARY.impl(overload, self._autocast_kernel(target, device, key), key)
 

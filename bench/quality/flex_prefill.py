@@ -7,19 +7,18 @@ true attention allows. Writes bench/results/flex_prefill_quality.json and .png.
 from __future__ import annotations
 
 import argparse
-import ast
 import json
 from pathlib import Path
 
 import torch
 
 from bench.inputs import gen
+from bench.quality.model import model_inputs
 from sparse_attn.block_index import BlockIndex
 from sparse_attn.ops.flex_prefill_select import VARIANTS
 from sparse_attn.ops.flex_prefill_select import op as select
 
-ROOT = Path(__file__).parents[2]
-RESULTS = ROOT / "bench" / "results"
+RESULTS = Path(__file__).parents[1] / "results"
 GAMMAS = (0.3, 0.5, 0.7, 0.8, 0.9, 0.95, 0.98)
 BLOCK = 128
 TARGETS = (0.1, 0.2, 0.3, 0.5)  # densities at which the table compares
@@ -66,34 +65,6 @@ def measure(query, key, budget):
                 "best": best[torch.arange(heads), blocks - 1].mean().item(),
             })  # fmt: skip
     return points
-
-
-def model_inputs(length):
-    """query, key of every layer of the demonstration model on Python source, or nothing."""
-    folder = ROOT / "demo" / "model"
-    try:
-        from transformers import AttentionInterface, LlamaForCausalLM
-    except ImportError:
-        return []
-    if not (folder / "model.safetensors").exists():
-        return []
-    layers = []
-
-    def collect(module, query, key, value, mask, scaling=None, **kwargs):
-        layers.append((query, key))
-        groups = query.shape[1] // key.shape[1]
-        key, value = (x.repeat_interleave(groups, 1) for x in (key, value))
-        out = torch.nn.functional.scaled_dot_product_attention(query, key, value, is_causal=True)
-        return out.transpose(1, 2), None
-
-    AttentionInterface.register("collect", collect)
-    model = LlamaForCausalLM.from_pretrained(
-        folder, dtype=torch.bfloat16, attn_implementation="collect"
-    )
-    text = Path(ast.__file__).read_bytes() + Path(argparse.__file__).read_bytes()
-    with torch.inference_mode():
-        model(torch.tensor([list(text[:length])]))
-    return layers
 
 
 def cases(length):
