@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import torch
 
 SCORES = 2**25  # held at once
 START_ROUNDS = 64  # of the start: more centres than that are drawn several at a time
+LEAST_SAMPLE = 1024  # rows that decide between candidates of the start, at least
 TOLERANCE = 1e-4  # of the squared shift of the means, against the variance, as scikit-learn's
 
 
@@ -28,19 +30,44 @@ def nearest(x: torch.Tensor, means: torch.Tensor) -> tuple[torch.Tensor, torch.T
 
 
 def start(x: torch.Tensor, k: int, generator: torch.Generator) -> torch.Tensor:
-    """k rows of x per head, drawn with probability proportional to the squared distance to those
-    drawn before (k-means++; from START_ROUNDS centres on several per round, as k-means‖ does)."""
+    """k rows of x per head, as greedy k-means++ draws them.
+
+    Each is the best of 2 + ln k rows that are drawn with probability proportional to the squared
+    distance to those chosen before: the one that shortens the distances most, of a quarter of the
+    rows. From START_ROUNDS centres on several are chosen per round, each among rows of its own.
+    """
     heads, n = x.shape[:2]
-    first = torch.randint(n, (heads, 1), generator=generator, device=x.device)
-    chosen = [first]
-    _, distance = nearest(x, gather(x, first))
+    chosen = [torch.randint(n, (heads, 1), generator=generator, device=x.device)]
+    _, distance = nearest(x, gather(x, chosen[0]))
+    trials = 2 + int(math.log(k))
     while (left := k - sum(c.shape[1] for c in chosen)) > 0:
         noise = torch.empty_like(distance).exponential_(generator=generator)
-        count = min(left, max(1, k // START_ROUNDS))
-        drawn = (distance / noise).topk(count, -1).indices
+        count = min(left, max(1, k // START_ROUNDS), n)
+        drawn = (distance / noise).topk(min(n, count * trials), -1).indices
+        tried = drawn.shape[1] // count
+        drawn = drawn[:, : count * tried].view(heads, tried, count)
+        sample = slice(None) if n < 4 * LEAST_SAMPLE else slice(None, None, 4)
+        gain = gains(x[:, sample], distance[:, sample], gather(x, drawn.flatten(1)))
+        best = gain.view(drawn.shape).argmax(1, keepdim=True)
+        drawn = drawn.gather(1, best)[:, 0]
         chosen.append(drawn)
         distance = torch.minimum(distance, nearest(x, gather(x, drawn))[1])
     return gather(x, torch.cat(chosen, 1))
+
+
+def gains(x: torch.Tensor, distance: torch.Tensor, centres: torch.Tensor) -> torch.Tensor:
+    """By how much each of centres [H, M, D] alone shortens the distances [H, N] of x: [H, M]."""
+    total = x.new_zeros(centres.shape[:2])
+    rows = max(1, SCORES // centres.shape[1])
+    for h in range(len(x)):
+        square = centres[h].square().sum(-1) / 2
+        for i in range(0, x.shape[1], rows):
+            part = x[h, i : i + rows]
+            reach = distance[h, i : i + rows] - part.square().sum(-1) / 2
+            # half the squared distance is |x|^2 / 2 + |c|^2 / 2 - x . c
+            shorter = torch.addmm(reach[:, None] - square, part, centres[h].mT)
+            total[h] += shorter.clamp_(min=0).sum(0)
+    return total
 
 
 def gather(x: torch.Tensor, at: torch.Tensor) -> torch.Tensor:
