@@ -277,6 +277,17 @@ def test_bad_input(backend, at, change, message):
         op.default(*args)
 
 
+@pytest.mark.parametrize("backend", sorted({run[0] for run in RUNS} & {"cpp", "reference"}))
+@pytest.mark.parametrize("at, name", [(3, "offsets"), (7, "children")])
+@pytest.mark.parametrize("place, value", [(0, 1), (2, 10**6), (-1, -5)])
+def test_illegal_lists_are_refused_on_the_cpu(backend, at, name, place, value):
+    args = lookup_inputs(Case(B=2, K=90, K1=4))
+    op(*args, backend=backend)
+    args[at][0, 1, place] = value
+    with pytest.raises(RuntimeError, match=f"{name}: rows must ascend from 0"):
+        op(*args, backend=backend)
+
+
 @pytest.mark.parametrize("overload", ["default", *sorted({run[0] for run in RUNS})])
 @pytest.mark.parametrize("K1", [0, 4])
 def test_opcheck(overload, K1):
