@@ -63,11 +63,11 @@ def test_kmeans_is_seeded_batched_and_better_than_its_start():
 
 
 def test_the_objective_is_that_of_scikit_learn():
-    cluster = pytest.importorskip("sklearn.cluster")
+    """Recorded: KMeans(75, n_init=1, random_state=0) of scikit-learn 1.9.1, until it converged."""
     x = F.normalize(topics(1, 1500), dim=-1)
-    theirs = cluster.KMeans(75, n_init=1, random_state=0).fit(x[0].numpy()).inertia_
-    ours = objective(x, kmeans(x, 75, 20, torch.Generator().manual_seed(0)), 75).item()
-    assert ours < 1.02 * theirs
+    for seed in range(3):
+        labels = kmeans(x, 75, 20, torch.Generator().manual_seed(seed))
+        assert objective(x, labels, 75).item() < 1.02 * 196.8015
 
 
 @pytest.mark.parametrize("case", ["copies", "zeros", "one", "more clusters than keys"])

@@ -223,7 +223,7 @@ def squeezed_tile(
     heads = min(list_heads, prefill[0] // queries)
     block_m = padded(heads * queries)
     _, block_n, warps, stages = prefill
-    if block_m <= 32:
+    if block_m < min(prefill[0], 64):
         block_n, warps, stages = decode
     elif block_m < prefill[0]:
         warps = max(4, warps // 2)
@@ -246,11 +246,13 @@ def lookup_tile(dtype: torch.dtype, head_dim: int, group: int, n_queries: int) -
     half = dtype.itemsize == 2
     queries = query_rows(n_queries, LOOKUP_ROWS) if n_queries <= LOOKUP_ROWS else 64 if half else 32
     heads = min(group, max(1, LOOKUP_ROWS // queries))
+    block_n = 64 if half else 32 if head_dim <= 128 else 16
     return AttentionTile(
         -(-group // heads),
         {
             "G": group, "HEADS": heads, "QUERIES": queries, "D": head_dim,
-            "BLOCK_M": max(LOOKUP_ROWS, queries), "BLOCK_N": 64 if half else 32,
-            "BLOCK_D": padded(head_dim), "num_warps": 4, "num_stages": 3 if half else 2,
+            "BLOCK_M": max(LOOKUP_ROWS, queries), "BLOCK_N": block_n, "BLOCK_D": padded(head_dim),
+            "num_warps": 4 if half or n_queries <= LOOKUP_ROWS else 8,
+            "num_stages": 3 if half else 2,
         },
     )  # fmt: skip

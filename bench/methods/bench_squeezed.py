@@ -13,7 +13,7 @@ from ..harness import Report, check, time_in_turn
 from ..squeezed_inputs import HEADS, KEPT, Prepared, prepared, realised, with_share
 
 CONTEXT = 131072
-SMALL = 32768  # keys of the comparison with libraries
+SMALL = 16384  # keys of the comparison with libraries
 ROUNDS = 10
 
 

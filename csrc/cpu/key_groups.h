@@ -132,7 +132,16 @@ class KeyGroups {
   }
 
   void gather_all(int64_t begin, int64_t end) {
-    for (int64_t j = begin; j < end; ++j) gather(j, false);
+    while (begin < end) {
+      const int64_t n = std::min<int64_t>(end - begin, kGroupKeys - open_);
+      const size_t at = tokens_.size();
+      tokens_.resize(at + n);
+      for (int64_t i = 0; i < n; ++i) tokens_[at + i] = static_cast<int32_t>(begin + i);
+      open_everyone_ |= (n == kGroupKeys ? ~0u : (1u << n) - 1) << open_;
+      open_ += static_cast<int>(n);
+      if (open_ == kGroupKeys) close();
+      begin += n;
+    }
   }
 
   void finish() {

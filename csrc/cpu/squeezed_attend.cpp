@@ -14,6 +14,8 @@ namespace {
 using Params = SqueezedAttendParams;
 using Attention = BlockSparseAttentionParams;
 
+constexpr int64_t kPieceGroups = 64;  // groups of 32 keys that one task attends to, of few tiles
+
 struct Work {
   QueryTile tile;
   int64_t decision;  // batch * Hd + deciding head
@@ -159,7 +161,7 @@ class Attend {
     for (int64_t i = 0; i < n; ++i) {
       for (int part = 0; part < 2; ++part) {
         const int64_t size = groups[2 * i + part].size();
-        const int64_t splits = (size + kSplitGroups - 1) / kSplitGroups;
+        const int64_t splits = (size + kPieceGroups - 1) / kPieceGroups;
         for (int64_t s = 0; s < splits; ++s) {
           pieces.push_back({i, size * s / splits, size * (s + 1) / splits, part == 1});
           place.push_back(place.back() + partial_floats(tiles_[i]));

@@ -1,4 +1,5 @@
 // Driver: scores of clusters, their softmax, the test against the threshold, runs.
+#include <atomic>
 #include <cmath>
 #include <limits>
 #include <tuple>
@@ -187,15 +188,14 @@ class Level {
   const int64_t K_, padded_, decisions_, group_, rows_;
 };
 
-// Reads every list before anything is computed from it.
-void check_bounds(const Params& p, const SqueezedLevel& level, int64_t contexts, int64_t end,
-                  const char* name) {
+// Reads every list of children before anything is marked by them.
+void check_children(const Params& p, int64_t contexts) {
   for (int64_t i = 0; i < contexts * p.Hkv; ++i) {
-    const int32_t* at = level.offsets + i / p.Hkv * level.offsets_stride[0] +
-                        i % p.Hkv * level.offsets_stride[1];
-    bool legal = at[0] == 0 && (end < 0 || at[level.K] == end);
-    for (int64_t j = 0; j < level.K; ++j) legal = legal && at[j] <= at[j + 1];
-    SA_CHECK(legal, name, ": rows must ascend from 0", end < 0 ? "" : " to the number of centroids");
+    const int32_t* at = p.coarse.offsets + i / p.Hkv * p.coarse.offsets_stride[0] +
+                        i % p.Hkv * p.coarse.offsets_stride[1];
+    bool legal = at[0] == 0 && at[p.coarse.K] == p.fine.K;
+    for (int64_t j = 0; j < p.coarse.K; ++j) legal = legal && at[j] <= at[j + 1];
+    SA_CHECK(legal, "children: rows must ascend from 0 to the number of centroids");
   }
 }
 
@@ -214,24 +214,30 @@ std::vector<uint8_t> children_of(const Params& p, const std::vector<uint8_t>& pa
 
 // Kept clusters as runs of tokens; those that touch are one.
 void write_runs(const Params& p, const std::vector<uint8_t>& kept) {
-  for (int64_t d = 0; d < p.B * p.Hd; ++d) {
+  std::atomic<bool> legal{true};
+  deal(p.B * p.Hd, [] { return 0; }, [&](int64_t d, int) {
     const int32_t* at = p.fine.offsets + d / p.Hd * p.fine.offsets_stride[0] +
                         d % p.Hd * p.Hkv / p.Hd * p.fine.offsets_stride[1];
     const uint8_t* keep = kept.data() + d * p.fine.K;
     int32_t *starts = p.starts + d * p.runs, *sums = p.sums + d * p.runs;
     int32_t count = 0, tokens = 0, end = -1;
+    bool ascending = at[0] == 0;
     for (int64_t j = 0; j < p.fine.K; ++j) {
+      if (at[j] > at[j + 1]) ascending = false;
+      if (!ascending) break;
       if (!keep[j] || at[j] == at[j + 1]) continue;
       if (at[j] != end) starts[count++] = at[j];
       end = at[j + 1];
       tokens += end - at[j];
       sums[count - 1] = tokens;
     }
+    if (!ascending) legal = false;
     std::fill(starts + count, starts + p.runs, 0);
     std::fill(sums + count, sums + p.runs, 0);
     p.counts[d] = count;
     p.tokens[d] = tokens;
-  }
+  });
+  SA_CHECK(legal, "offsets: rows must ascend from 0");
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> squeezed_lookup(
@@ -254,9 +260,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> squeezed_lookup(
   for (const Tensor* t : {&coarse.centroids, &coarse.log_counts, &coarse.offsets, &coarse.threshold})
     SA_CHECK(t->is_cpu(), "coarse_centroids: expected CPU tensors");
   Params p = squeezed_lookup_params(query, fine, two ? &coarse : nullptr, shared, scale);
-  const int64_t contexts = fine.centroids.size(0);
-  check_bounds(p, p.fine, contexts, -1, "offsets");
-  if (two) check_bounds(p, p.coarse, contexts, p.fine.K, "children");
+  if (two) check_children(p, fine.centroids.size(0));
   const auto make = [&](std::initializer_list<int64_t> shape) {
     return torch::stable::new_empty(query, shape, ScalarType::Int);
   };

@@ -78,6 +78,14 @@ def children_of(kept: torch.Tensor, children: torch.Tensor, n_clusters: int) -> 
     return kept.gather(-1, parent.clamp(0, kept.shape[-1] - 1))
 
 
+def check_bounds(name: str, bounds: torch.Tensor, end: int | None = None) -> None:
+    """Raises unless every row of bounds ascends from 0, to `end` where it is given."""
+    wrong = (bounds[..., 0] != 0).any() or (bounds.diff(dim=-1) < 0).any()
+    if wrong or (end is not None and (bounds[..., -1] != end).any()):
+        where = "" if end is None else " to the number of centroids"
+        raise RuntimeError(f"{name}: rows must ascend from 0{where}")
+
+
 def runs_of(kept: torch.Tensor, offsets: torch.Tensor) -> tuple[torch.Tensor, ...]:
     """Kept clusters as runs of tokens, those that touch merged: starts, sums, counts, tokens."""
     n_clusters = kept.shape[-1]
@@ -151,8 +159,10 @@ def squeezed_lookup(
         counts: int32 [B, H'], runs.
         tokens: int32 [B, H'], kept tokens: sums[counts - 1], 0 without runs.
     """
+    check_bounds("offsets", offsets)
     alive = None
     if coarse_centroids is not None:
+        check_bounds("children", children, centroids.shape[2])
         scores = cluster_scores(query, coarse_centroids, coarse_log_counts, shared, scale)
         parents = keep(scores, coarse_log_counts, coarse_threshold)
         alive = children_of(parents, children, centroids.shape[2])

@@ -131,7 +131,8 @@ def ask(args: argparse.Namespace) -> None:
         )  # fmt: skip
         seconds[name] = time.perf_counter() - start
         answer = _decode(tokenizer, out[0, ids.shape[1] :].tolist())
-        print(f"{name}, {seconds[name]:.2f} s:\n{answer}\n")
+        what = "squeezed" if name == "squeezed" else "dense, prompt included"
+        print(f"{what}, {seconds[name]:.2f} s:\n{answer}\n")
     nominal = f"nominal {1 - context.parameters.sparsity:.0%}"
     print(f"{context.length:,} prepared tokens; keys kept, {nominal}:")
     for i, kept in enumerate(cache.kept()):

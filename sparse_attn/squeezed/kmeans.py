@@ -2,45 +2,75 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import torch
 
 SCORES = 2**25  # held at once
-START_ROUNDS = 64  # of the start: more centres than that are drawn several at a time
+START_ROUNDS = 32  # of the start: more centres than that are drawn several at a time
+LEAST_SAMPLE = 1024  # rows that decide between candidates of the start, at least
 TOLERANCE = 1e-4  # of the squared shift of the means, against the variance, as scikit-learn's
 
 
-def nearest(x: torch.Tensor, means: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """For each row of x [H, N, D] its nearest mean of [H, K, D] and half the squared distance."""
+def nearest(x: torch.Tensor, means: torch.Tensor) -> torch.Tensor:
+    """For each row of x [H, N, D] the index of its nearest mean of [H, K, D]."""
     labels = torch.empty(x.shape[:2], dtype=torch.int64, device=x.device)
-    halves = torch.empty(x.shape[:2], dtype=x.dtype, device=x.device)
     square = means.square().sum(-1)[:, None] / 2
-    columns = means.mT.contiguous()
     rows = max(1, SCORES // means.shape[1])
     for h in range(len(x)):
         for i in range(0, x.shape[1], rows):
             part = x[h, i : i + rows]
-            best, at = torch.addmm(square[h], part, columns[h], alpha=-1).min(-1)
-            labels[h, i : i + rows] = at
-            halves[h, i : i + rows] = best + part.square().sum(-1) / 2
-    return labels, halves.clamp_(min=0)
+            labels[h, i : i + rows] = torch.addmm(square[h], part, means[h].mT, alpha=-1).argmin(-1)
+    return labels
+
+
+def distances(x: torch.Tensor, half: torch.Tensor, centres: torch.Tensor) -> torch.Tensor:
+    """Half the squared distance of each row of x [H, N, D] to its nearest of few centres
+    [H, M, D]; `half` [H, N] are half the squares of the rows."""
+    square = centres.square().sum(-1, keepdim=True) / 2
+    return (half + torch.baddbmm(square, centres, x.mT, alpha=-1).amin(1)).clamp_(min=0)
 
 
 def start(x: torch.Tensor, k: int, generator: torch.Generator) -> torch.Tensor:
-    """k rows of x per head, drawn with probability proportional to the squared distance to those
-    drawn before (k-means++; from START_ROUNDS centres on several per round, as k-means‖ does)."""
+    """k rows of x per head, as greedy k-means++ draws them.
+
+    Each is the best of 2 + ln k rows that are drawn with probability proportional to the squared
+    distance to those chosen before: the one that shortens the distances most, of a quarter of the
+    rows. From START_ROUNDS centres on several are chosen per round, each among rows of its own.
+    """
     heads, n = x.shape[:2]
-    first = torch.randint(n, (heads, 1), generator=generator, device=x.device)
-    chosen = [first]
-    _, distance = nearest(x, gather(x, first))
+    chosen = [torch.randint(n, (heads, 1), generator=generator, device=x.device)]
+    half = torch.linalg.vecdot(x, x) / 2
+    distance = distances(x, half, gather(x, chosen[0]))
+    sample = slice(None) if n < 4 * LEAST_SAMPLE else slice(None, None, 4)
+    sampled, sampled_half = x[:, sample].contiguous(), half[:, sample]
+    trials = 2 + int(math.log(k))
     while (left := k - sum(c.shape[1] for c in chosen)) > 0:
         noise = torch.empty_like(distance).exponential_(generator=generator)
-        count = min(left, max(1, k // START_ROUNDS))
-        drawn = (distance / noise).topk(count, -1).indices
+        count = min(left, max(1, k // START_ROUNDS), n)
+        drawn = (distance / noise).topk(min(n, count * trials), -1).indices
+        tried = drawn.shape[1] // count
+        drawn = drawn[:, : count * tried].view(heads, tried, count)
+        short = distance[:, sample] - sampled_half
+        gain = gains(sampled, short, gather(x, drawn.flatten(1)))
+        best = gain.view(drawn.shape).argmax(1, keepdim=True)
+        drawn = drawn.gather(1, best)[:, 0]
         chosen.append(drawn)
-        distance = torch.minimum(distance, nearest(x, gather(x, drawn))[1])
+        distance = torch.minimum(distance, distances(x, half, gather(x, drawn)))
     return gather(x, torch.cat(chosen, 1))
+
+
+def gains(x: torch.Tensor, short: torch.Tensor, centres: torch.Tensor) -> torch.Tensor:
+    """By how much each of centres [H, M, D] alone shortens the distances of the rows of x
+    [H, N, D], summed: [H, M]. `short` [H, N]: half the squared distance minus half the square."""
+    total = x.new_zeros(centres.shape[:2])
+    square = centres.square().sum(-1, keepdim=True) / 2
+    rows = max(1, SCORES // (len(x) * centres.shape[1]))
+    for i in range(0, x.shape[1], rows):
+        offset = short[:, None, i : i + rows] - square
+        total += torch.baddbmm(offset, centres, x[:, i : i + rows].mT).clamp_(min=0).sum(-1)
+    return total
 
 
 def gather(x: torch.Tensor, at: torch.Tensor) -> torch.Tensor:
@@ -75,7 +105,7 @@ def kmeans(
     tick()
     still = TOLERANCE * x.var(1, unbiased=False).mean(-1)
     for done in range(1, iterations + 1):
-        labels, _ = nearest(x, means)
+        labels = nearest(x, means)
         sums, counts = sums_by_label(x, labels, k)
         moved = torch.where(counts[..., None] > 0, sums / counts.clamp(min=1)[..., None], means)
         shift = (moved - means).square().sum((1, 2))

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from sparse_attn.ops.squeezed_attend import op
 from sparse_attn.reference.squeezed_attend import token_mask
-from tests.cases import DTYPES, FLOOR, Shape, assert_as_accurate, call, opcheck
+from tests.cases import CUDA, DTYPES, FLOOR, Shape, assert_as_accurate, call, opcheck
 from tests.squeezed_cases import attend_inputs, dtype_for, in_float64, runs_for
 
 RUNS = runs_for(op)
@@ -82,6 +82,14 @@ def test_parity(run, shape, Hi, tail, C):
         for share in (0.4, 1.0):
             args = attend_inputs(shape, Hi, tail, share, C, dtype)
             assert_accurate(run, args)
+
+
+@pytest.mark.parametrize("shape, Hi, tail, C", SHAPES[:4], ids=str)
+@pytest.mark.parametrize("run", CUDA[:-1], ids=str)
+def test_the_order_of_threads_does_not_show(run, shape, Hi, tail, C):
+    args = attend_inputs(shape, Hi, tail, 0.6, C, torch.float16)
+    want = call(op, CUDA[-1], *args)
+    assert all(torch.equal(x, y) for x, y in zip(call(op, run, *args), want, strict=True))
 
 
 @settings(max_examples=10)

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from sparse_attn.ops.squeezed_lookup import op
 from sparse_attn.reference.squeezed_attend import check_runs, token_mask
 from sparse_attn.reference.squeezed_lookup import cluster_scores, keep
-from tests.cases import DTYPES, call, opcheck
+from tests.cases import CUDA, DTYPES, call, opcheck
 from tests.squeezed_cases import (
     FLAT,
     HIERARCHICAL,
@@ -120,6 +120,14 @@ def test_kernel_equals_reference(run, case):
         assert torch.equal(got, want)
         if case.K > 2:
             assert 0 < want.sum() < want.numel()
+
+
+@pytest.mark.parametrize("case", CASES[3:7], ids=str)
+@pytest.mark.parametrize("run", CUDA[:-1], ids=str)
+def test_the_order_of_threads_does_not_show(run, case):
+    args = lookup_inputs(case, torch.float16)
+    want = call(op, CUDA[-1], *args)
+    assert all(torch.equal(x, y) for x, y in zip(call(op, run, *args), want, strict=True))
 
 
 @settings(max_examples=12)
@@ -267,6 +275,17 @@ def test_bad_input(backend, at, change, message):
         op(*args, backend=backend)
     with pytest.raises((ValueError, TypeError, RuntimeError)):
         op.default(*args)
+
+
+@pytest.mark.parametrize("backend", sorted({run[0] for run in RUNS} & {"cpp", "reference"}))
+@pytest.mark.parametrize("at, name", [(3, "offsets"), (7, "children")])
+@pytest.mark.parametrize("place, value", [(0, 1), (2, 10**6), (-1, -5)])
+def test_illegal_lists_are_refused_on_the_cpu(backend, at, name, place, value):
+    args = lookup_inputs(Case(B=2, K=90, K1=4))
+    op(*args, backend=backend)
+    args[at][0, 1, place] = value
+    with pytest.raises(RuntimeError, match=f"{name}: rows must ascend from 0"):
+        op(*args, backend=backend)
 
 
 @pytest.mark.parametrize("overload", ["default", *sorted({run[0] for run in RUNS})])
