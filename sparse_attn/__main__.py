@@ -13,21 +13,18 @@ def main(argv: list[str] | None = None) -> None:
     commands.add_parser("info", help="what this installation can run")
     from . import calibrate, demo, evaluate
 
-    demo.add_arguments(
-        commands.add_parser("demo", help="a long text through a small language model")
-    )
-    evaluate.add_arguments(
-        commands.add_parser("evaluate", help="what methods cost and gain in a model: a report")
-    )
-    calibrate.add_arguments(
-        commands.add_parser("calibrate", help="searches a method's option layer by layer")
-    )
+    parts = {
+        "demo": (demo, "a long text through a small language model"),
+        "evaluate": (evaluate, "what methods cost and gain in a model: a report"),
+        "calibrate": (calibrate, "searches a method's option layer by layer"),
+    }
+    for name, (part, what) in parts.items():
+        part.add_arguments(commands.add_parser(name, help=what))
     args = parser.parse_args(argv)
     if args.command == "info":
         print(info())
     else:
-        chosen = {"demo": demo, "evaluate": evaluate, "calibrate": calibrate}
-        chosen[args.command].run(args)
+        parts[args.command][0].run(args)
 
 
 if __name__ == "__main__":
