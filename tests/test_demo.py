@@ -90,7 +90,7 @@ def test_a_new_method_appears_by_itself(text, tmp_path, capsys, monkeypatch):
     monkeypatch.setitem(METHODS, "sink_and_window", SinkAndWindow)
     demo("--text", text, "--out", tmp_path, "--lengths", 512)
     rows, notes = table(capsys.readouterr().out)
-    alone = {name for name, method in METHODS.items() if not getattr(method, "needs_context", 0)}
+    alone = {n for n, method in METHODS.items() if not getattr(method, "needs_context", False)}
     assert {name.rstrip("*") for _, name in rows} == {"sdpa", *alone}
     assert rows["512", "sink_and_window"][5] != rows["512", "dense"][5]
     assert (tmp_path / "flex_prefill.png").exists()

@@ -46,10 +46,8 @@ def parse(text: str) -> Spec:
 
 def defaults() -> list[Spec]:
     """Every method that needs nothing but its name."""
-    found = []
-    for name in METHODS:
-        try:
-            found.append(Spec(name, Settings(resolve(name), {})))
-        except (TypeError, ValueError):
-            continue
-    return found
+    return [
+        Spec(name, Settings(resolve(name), {}))
+        for name, method in METHODS.items()
+        if not getattr(method, "needs_context", False)
+    ]
