@@ -189,7 +189,7 @@ struct EstimateUnit {
                                        uint32_t bit, const UnitRows& rows) {
     constexpr float kUnits = 12582912.f, kLimit = 1073741824.f;
     constexpr int kTiles = Stage::kBlock / 8;
-    constexpr int kUnrolled = kWords == 8 ? 1 : kTiles < 4 ? kTiles : 4;  // of registers
+    constexpr int kUnrolled = kWords == 8 ? 1 : kTiles == 8 ? 2 : kTiles;  // of registers
     const int g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
     int most[4][2];
 #pragma unroll
