@@ -32,7 +32,7 @@ MEASURED: dict[str, dict[str, Crossover]] = {
     "sale": {
         # dense runs on the tile unit, the selection on vector units: about as long as all of dense
         "amx": Crossover(NEVER, 1),
-        "avx512bf16": Crossover(2048, 512),
+        "avx512bf16": Crossover(8192, 512),
     },
 }
 CAUTIOUS = Crossover(16384, 4096)  # where nobody has measured

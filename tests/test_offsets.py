@@ -3,7 +3,12 @@
 import pytest
 import torch
 
-from sparse_attn.ops import block_sparse_attention, flex_prefill_select, merge_attention_states
+from sparse_attn.ops import (
+    block_sparse_attention,
+    flex_prefill_select,
+    merge_attention_states,
+    sale_quantize,
+)
 from tests.cases import ISAS, call
 
 FAR, TOKENS, D = 2**31, 34, 64
@@ -41,6 +46,7 @@ def test_far_elements(memory, isa, which):
                                                   counts[:, :, :1], 16, 16)),
         (block_sparse_attention.op, lambda k, v: (k, query, query, listed, counts, 16, 16)),
         (flex_prefill_select.op, lambda k, v: (query, k, 0.7, 0.0, 0, None, 16)),
+        (sale_quantize.op, lambda k, v: (k, None, "key")),
         (merge_attention_states.op, lambda k, v: (k, lse, v, 2 * lse)),
     ):  # fmt: skip
         want, got = call(op, run, *of(*near)), call(op, run, *of(*far))

@@ -39,7 +39,8 @@ def check_call(query, key, value, indices, counts, q_block, kv_block, causal, si
         if x.device != query.device:
             raise ValueError(f"{name}: device is {x.device}, expected {query.device} as query")
     check.same("indices", "batch size", indices.shape[0], query.shape[0], "query")
-    if indices.shape[1] not in (1, key.shape[1], query.shape[1]):
+    # not `in`: where one of them is a symbol, torch.compile looks for the same object
+    if all(indices.shape[1] != heads for heads in (1, key.shape[1], query.shape[1])):
         raise ValueError(
             f"indices: {indices.shape[1]} heads, expected 1, {key.shape[1]} (key heads) "
             f"or {query.shape[1]} (query heads)"

@@ -93,6 +93,27 @@ def test_chunks_batches_and_shared_lists():
     assert index.density(600, 1500) > own.density(600, 1500)
 
 
+def test_compiles_with_thresholds_per_head():
+    """The number of heads is a symbol until the thresholds fix it."""
+    config = Sale(threshold=(0.1, 0.05), min_length=0)
+    attend = lambda *x: sparse_attn.attention(*x, config, fallback=False)  # noqa: E731
+    run = torch.compile(attend, fullgraph=True, dynamic=True)
+    for length in (200, 333):
+        tensors = [torch.randn(1, 2, length, 32) for _ in range(3)]
+        assert torch.equal(run(*tensors), attend(*tensors))
+
+
+def test_as_an_operator_and_backward():
+    query, key, value = (torch.randn(1, 2, 300, 32) for _ in range(3))
+    options = '{"threshold": [0.1, 0.2], "min_length": 10}'
+    out, _ = torch.ops.sparse_attn.attention(query, key, value, "sale", options)
+    config = Sale(threshold=(0.1, 0.2), min_length=10)
+    want = sparse_attn.attention(query.requires_grad_(), key, value, config)
+    assert torch.equal(out, want)
+    want.sum().backward()
+    assert query.grad.abs().sum() > 0
+
+
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_padded_prompts_in_transformers(side):
     """Padding tokens never reach the selection: a padded sequence is as it is alone."""

@@ -10,9 +10,8 @@ from sparse_attn import BlockIndex
 from sparse_attn.ops.sale_estimate import op
 from sparse_attn.ops.sale_quantize import op as quantize
 from sparse_attn.reference.sale_quantize import unpack
-from tests.cases import CUDA, Shape, call, opcheck
+from tests.cases import CUDA, Shape, call, inputs, opcheck
 from tests.cases import RUNS as ALL
-from tests.cases import inputs as random_inputs
 
 BACKENDS = ("reference", "cpp", "triton", "cuda")  # a backend that has a kernel adds its name
 # in the executor an odd seed has the products of GPUs up to sm_89, an even one those of later ones
@@ -22,7 +21,7 @@ KERNELS = [run for run in RUNS if run[0] != "reference"]
 
 def case(Tq=150, Tk=150, D=64, Hq=2, Hkv=1, B=1, kv_block=32, spread=3.4, offset=0.5):
     """Codes of random tensors and bars that about half of the blocks exceed."""
-    query, key = random_inputs(Shape(B=B, Hq=Hq, Hkv=Hkv, Tq=Tq, Tk=Tk, D=D))[:2]
+    query, key = inputs(Shape(B=B, Hq=Hq, Hkv=Hkv, Tq=Tq, Tk=Tk, D=D))[:2]
     query = query + offset * torch.randn(D)
     packed, step, mean = quantize(query, None, "query", backend="reference")
     k_packed, k_step, k_mean = quantize(key, None, "key", kv_block, backend="reference")
@@ -99,7 +98,7 @@ def test_kernel_equals_reference_bit_by_bit(run, data):
     fast = run[0] == "cpp"
     Tk = data.draw(st.integers(1, 700 if fast else 260))
     Tq = pick(Tk, data.draw(st.integers(1, Tk)), min(Tk, 64), data.draw(st.integers(1, 300)))
-    D = pick(8, 24, 64, 96, 128, 256, *((2, 6, 34) if fast else ()))
+    D = pick(8, 24, 64, 96, 128, 256, *((2, 6, 34, 700) if fast else ()))
     B, (Hq, Hkv) = pick(1, 2), pick((1, 1), (4, 2), (3, 1))
     grid = {
         "q_block": pick(16, 32, 64, 64, 64, 128), "kv_block": pick(16, 32, 32, 64),
@@ -110,6 +109,30 @@ def test_kernel_equals_reference_bit_by_bit(run, data):
     got = call(op, run, *args, **grid)
     assert all(torch.equal(g, w) for g, w in zip(got, want, strict=True))
     lists(run, args, **grid)
+
+
+@pytest.mark.parametrize("run", KERNELS, ids=str)
+@pytest.mark.parametrize("D", [256, 1024])
+def test_the_largest_products_do_not_overflow(run, D):
+    """Every code 7 or -7: the largest sums there are, and bars on both sides of them."""
+    if run[0] in ("triton", "cuda") and D > 256:
+        pytest.skip("head_dim up to 256")
+    shape = Shape(Tq=70, Tk=170, D=D)
+    query, key = (torch.where(x > 0, 1.0, -1.0) for x in inputs(shape)[:2])
+    query[:, 1] = query[:, 0]
+    key[:, :, 70:80] = query[:, :1, 3:4]
+    key[:, :, 40:50] = -query[:, :1, 3:4]
+    zero = torch.zeros(1, 2, D)
+    packed, step, _ = quantize(query, zero, "query", backend="reference")
+    k_packed, k_step, _ = quantize(key, zero[:, :1], "key", backend="reference")
+    for factor in (0.99, 1.01):
+        theta = torch.full((1, 2, 70), float(D) * factor)
+        args = (packed, step, k_packed, k_step, torch.zeros(1, 2, 170), theta)
+        grid = {"local": 32, "sink": 32}
+        mask = lists(run, args, **grid)
+        want = BlockIndex(*op(*args, **grid, backend="reference"), 64, 32).to_mask(170)
+        assert torch.equal(mask, want)
+        assert mask[0, 0, 0, 2] == (factor < 1) and not mask[0, 0, 0, 1]
 
 
 @pytest.mark.parametrize("run", RUNS, ids=str)
