@@ -22,7 +22,7 @@ def run(context: Context) -> None:
     for n in context.size((65536, 131072), (420,)):
         if not context.enough(8, f"SALE {n}"):
             return
-        arrays = gen(7, n, "sharp", Hq=heads, Hkv=key_heads, D=context.size(128, 32))
+        arrays = gen(7, n, "sharp", Hq=heads, Hkv=key_heads, D=context.size(128, 48))
         query, key, value = (
             torch.from_numpy(x).to(context.device, context.dtype).transpose(1, 2) for x in arrays
         )
