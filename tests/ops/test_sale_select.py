@@ -93,7 +93,7 @@ def test_error_bound(kind):
 @pytest.mark.parametrize("kind", ["mixed", "peaky"])
 def test_what_is_left_out_is_unimportant_by_the_bound(run, kind):
     """No pair outside the list exceeds its bar by more than the proven error of its estimate."""
-    length = brief(run, 800, 300)
+    length = brief(run, 800, 420)
     query, key, _ = structured(kind, length)
     tau = 0.02
     mask = mask_of(run, query, key, tau)[0]
