@@ -20,8 +20,7 @@ from pathlib import Path
 from .cuda_aot import LIMITS, build, demangled
 
 # head dimension -> the kernel for blocks of 32 keys
-KERNELS = {64: "sale_estimate_kernel<2, 4>", 128: "sale_estimate_kernel<4, 4>",
-           256: "sale_estimate_kernel<8, 4>"}  # fmt: skip
+KERNELS = {64: "sale_estimate_kernel<2, 4>", 128: "sale_estimate_kernel<4, 4>"}
 JUMPS = ("BRA", "BSYNC", "BSSY", "EXIT", "CALL", "RET")
 
 

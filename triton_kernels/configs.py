@@ -193,10 +193,10 @@ def estimate_tile(arch: str, head_dim: int, n_queries: int, q_block: int) -> dic
 
 def threshold_tile(dtype: torch.dtype, head_dim: int, q_block: int) -> dict[str, Any]:
     """The tile of `sale_threshold`, no more rows than a query block has."""
-    rows = 64 if dtype.itemsize == 2 else 32
+    size, warps = (64, 4) if dtype.itemsize == 2 else (32, 8)
     return {
-        "BLOCK_M": min(q_block, rows), "BLOCK_N": 64 if dtype.itemsize == 2 else 32,
-        "BLOCK_D": padded(head_dim), "num_warps": 4, "num_stages": 2,
+        "BLOCK_M": min(q_block, size), "BLOCK_N": size, "BLOCK_D": padded(head_dim),
+        "num_warps": warps, "num_stages": 2,
     }  # fmt: skip
 
 

@@ -12,7 +12,7 @@ from ..harness import Report, check, time_in_turn
 from ..inputs import gen
 
 RECALL = 0.95
-THRESHOLDS = (0.3, 0.1, 0.05, 0.02, 0.008, 0.004, 0.002, 0.001, 0.0005)
+THRESHOLDS = (3.0, 1.0, 0.3, 0.1, 0.05, 0.02, 0.008, 0.004, 0.002, 0.001, 0.0005)
 
 
 def best_density(

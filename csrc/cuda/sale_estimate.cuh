@@ -63,6 +63,22 @@ __global__ void __launch_bounds__(kPrepareThreads)
   p.padded[i] = byte < p.D / 2 ? from[byte] : uint8_t{0};
 }
 
+// Where a warp's keys come from, and the records of its head.
+struct CodeSource {
+  const uint8_t* codes;
+  int64_t stride;  // bytes
+  const float* records;
+
+  __device__ __forceinline__ CodeSource(const SaleEstimateCudaParams& p, int batch, int kv_head,
+                                       int64_t head) {
+    const bool padded = p.D % 32 != 0;
+    stride = padded ? p.row_bytes : p.key_stride[2];
+    codes = padded ? p.padded + (batch * p.Hkv + kv_head) * p.Tk * stride
+                   : p.key + batch * p.key_stride[0] + kv_head * p.key_stride[1];
+    records = p.records + head * p.Nk * (p.kv_block + kRecordExtra);
+  }
+};
+
 // One of two stages in shared memory.
 template <int kWords, int kKeyTiles>
 struct EstimateStage {
@@ -83,28 +99,24 @@ struct EstimateStage {
   }
 
   // Starts to copy the stage's keys, and the records of the warp's head where there is one.
-  __device__ __forceinline__ void copy(const SaleEstimateCudaParams& p, int64_t kv, int64_t head,
+  __device__ __forceinline__ void copy(const SaleEstimateCudaParams& p, const CodeSource& source,
                                        int index, bool has_unit) const {
-    const bool padded = p.D % 32 != 0;
     const int row_bytes = static_cast<int>(p.row_bytes);
-    const int64_t stride = padded ? p.row_bytes : p.key_stride[2];
-    const uint8_t* const from =
-        padded ? p.padded + kv * p.Tk * stride
-               : p.key + kv / p.Hkv * p.key_stride[0] + kv % p.Hkv * p.key_stride[1];
 #pragma unroll
     for (int i = 0; i < kStageKeys * kWords / kEstimateThreads; ++i) {
       const int at = i * kEstimateThreads + static_cast<int>(threadIdx.x);
       const int row = at / kWords, chunk = at % kWords;
-      const int64_t token = int64_t{index} * kStageKeys + row;
-      const bool valid = token < p.Tk && chunk * 16 < row_bytes;
-      cp_async_16(key(row, chunk), from + (valid ? token * stride + chunk * 16 : 0), valid);
+      const int token = index * kStageKeys + row;
+      const bool valid = token < static_cast<int>(p.Tk) && chunk * 16 < row_bytes;
+      cp_async_16(key(row, chunk), source.codes + (valid ? token * source.stride + chunk * 16 : 0),
+                  valid);
     }
     if (!has_unit) return;
     const int first = index * kBlocks;
-    const float* const record = p.records + (head * p.Nk + first) * kRecord;
+    const float* const record = source.records + int64_t{first} * kRecord;
     float* const to = records(threadIdx.x / 32);
     for (int i = threadIdx.x % 32 * 4; i < kBlocks * kRecord; i += 128) {
-      const bool valid = first + i / kRecord < p.Nk;
+      const bool valid = first + i / kRecord < static_cast<int>(p.Nk);
       cp_async_16(to + i, valid ? record + i : p.records, valid);
     }
   }
@@ -128,14 +140,12 @@ struct EstimateUnit {
   uint32_t kept[4];    // bits of the blocks of the running word
 
   // Rows that do not exist are as one that does, of the same query block.
-  __device__ __forceinline__ void load(const SaleEstimateCudaParams& p, int64_t head, int chunk,
-                                       UnitRows& rows) {
+  __device__ __forceinline__ void load(const SaleEstimateCudaParams& p, const uint8_t* query,
+                                       int64_t head, int chunk, UnitRows& rows) {
     constexpr float kSmallestNormal = 1.17549435e-38f;
     const int g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
     const int n_queries = static_cast<int>(p.Tq), bytes = static_cast<int>(p.D / 2);
     const int64_t tiles = (p.Tq + 15) / 16;
-    const uint8_t* const query =
-        p.query + head / p.Hq * p.query_stride[0] + head % p.Hq * p.query_stride[1];
     int most = 0;
 #pragma unroll
     for (int m = 0; m < 4; ++m) {
@@ -179,11 +189,12 @@ struct EstimateUnit {
                                        uint32_t bit, const UnitRows& rows) {
     constexpr float kUnits = 12582912.f, kLimit = 1073741824.f;
     constexpr int kTiles = Stage::kBlock / 8;
+    constexpr int kUnrolled = kWords == 8 ? 1 : kTiles == 8 ? 2 : kTiles;  // of registers
     const int g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
     int most[4][2];
 #pragma unroll
     for (int m = 0; m < 4; ++m) most[m][0] = most[m][1] = -0x7fffffff - 1;
-#pragma unroll
+#pragma unroll kUnrolled
     for (int n = 0; n < kTiles; ++n) {
       uint32_t words[kWords];
       const int row = block * Stage::kBlock + 8 * n + g;
@@ -271,7 +282,8 @@ __device__ __forceinline__ void estimate(const SaleEstimateCudaParams& p, unsign
   const int kv = rest / tiles, first_unit = (tiles - 1 - rest % tiles) * kWarps;
   const int unit = first_unit + warp, chunk = unit / group;
   const bool has_unit = unit < units;
-  const int64_t head = int64_t{kv / Hkv} * p.Hq + kv % Hkv * group + unit % group;
+  const int batch = kv / Hkv, kv_head = kv % Hkv, own_head = kv_head * group + unit % group;
+  const int64_t head = batch * p.Hq + own_head;
   const auto region = [&](int c, bool last) {
     const int row = last ? min((c + 1) * kUnitRows, static_cast<int>(p.Tq)) - 1 : c * kUnitRows;
     return SaleRegion(p, row / static_cast<int>(p.q_block));
@@ -289,15 +301,18 @@ __device__ __forceinline__ void estimate(const SaleEstimateCudaParams& p, unsign
 
   auto& rows = *reinterpret_cast<UnitRows*>(memory + 2 * Stage::kBytes + warp * kUnitBytes);
   EstimateUnit<kWords, kInt4> mine;
-  if (has_unit) mine.load(p, head, chunk, rows);
+  const uint8_t* const query =
+      p.query + batch * p.query_stride[0] + own_head * p.query_stride[1];
+  if (has_unit) mine.load(p, query, head, chunk, rows);
+  const CodeSource source(p, batch, kv_head, head);
   const int last = (end + kBlocks - 1) / kBlocks;
   const auto stage_of = [&](int i) { return Stage{memory + (i & 1) * Stage::kBytes}; };
-  stage_of(begin / kBlocks).copy(p, kv, head, begin / kBlocks, has_unit);
+  stage_of(begin / kBlocks).copy(p, source, begin / kBlocks, has_unit);
   cp_async_commit();
   for (int i = begin / kBlocks; i < last; ++i) {
     cp_async_wait<0>();
     __syncthreads();
-    if (i + 1 < last) stage_of(i + 1).copy(p, kv, head, i + 1, has_unit);
+    if (i + 1 < last) stage_of(i + 1).copy(p, source, i + 1, has_unit);
     cp_async_commit();
     if (!has_unit) continue;
     const Stage stage = stage_of(i);

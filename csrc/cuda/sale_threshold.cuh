@@ -11,7 +11,7 @@
 namespace sparse_attn {
 
 template <class T, int kDim>
-__global__ void __launch_bounds__(128)
+__global__ void __launch_bounds__(128, 2)
     sale_threshold_kernel(const __grid_constant__ SaleThresholdCudaParams p) {
   using C = AttentionConfig<T, kDim, kBarRows>;
   constexpr float kLog2E = 1.44269504088896341f, kDenseBelow = 1e-5f;

@@ -19,7 +19,7 @@ def test_equals_select_then_attend(run):
     assert torch.equal(out, want[0]) and torch.equal(lse, want[1])
 
 
-@pytest.mark.parametrize("overload", ["default", *BACKENDS])
+@pytest.mark.parametrize("overload", ["default", *(b for b in BACKENDS if b != "cuda")])
 def test_opcheck(overload):
     tensors = (x[:, :, :150] for x in structured("sharp", 500))
     args = (*tensors, torch.full((4,), 0.05), 32, 16, 64, 16, True)

@@ -93,7 +93,7 @@ def test_error_bound(kind):
 @pytest.mark.parametrize("kind", ["mixed", "peaky"])
 def test_what_is_left_out_is_unimportant_by_the_bound(run, kind):
     """No pair outside the list exceeds its bar by more than the proven error of its estimate."""
-    length = brief(run, 800, 300)
+    length = brief(run, 800, 420)
     query, key, _ = structured(kind, length)
     tau = 0.02
     mask = mask_of(run, query, key, tau)[0]
@@ -127,7 +127,7 @@ def test_tau_zero_is_every_visible_block(run):
 @pytest.mark.parametrize("run", RUNS, ids=str)
 def test_a_constant_added_to_keys_or_queries(run):
     """To keys: nothing changes. To queries: importance does, and the estimate follows it."""
-    length = brief(run, 1000, 300)
+    length = brief(run, 1000, 420)
     query, key, _ = structured("mixed", length, torch.float32)
     if run[0] == "cuda":
         query, key = query.bfloat16(), key.bfloat16()
@@ -190,7 +190,7 @@ def test_bad_input(change, message):
         op(**{"query": query, "key": key, "threshold": torch.ones(2), **change})
 
 
-@pytest.mark.parametrize("overload", ["default", *BACKENDS])
+@pytest.mark.parametrize("overload", ["default", *(b for b in BACKENDS if b != "cuda")])
 def test_opcheck(overload):
     query, key, _ = inputs(Shape(Tq=60, Tk=90), torch.bfloat16)
     args = (query, key, torch.full((2,), 0.1), 32, 16, 20, 5, True)
