@@ -104,10 +104,7 @@ def _stage(
     o_i, o_t = tl.arange(0, ROOM), tl.arange(0, BLOCK_C)
     last, n_rows, limit = sampled_rows(block, q_block, STRIDE, Tq, n_keys, window, CAUSAL)
     # heads that share keys are rows of one tile where all look at the same keys
-    if SCAN:
-        together = tl.minimum(heads, group)
-    else:
-        together = 1
+    together = tl.minimum(heads, group) if SCAN else 1
     parts = tl.cdiv(together * n_rows, BLOCK_R)
     first_chunk, last_chunk, total = begin // SIZE, (stop - 1) // SIZE, count * SPLIT
     if FIRST:
