@@ -32,7 +32,7 @@ MEASURED: dict[str, dict[str, Crossover]] = {
         "avx512bf16": Crossover(8192, 4096),
     },
     "hip": {
-        "avx512bf16": Crossover(4096, 128, few=16384),
+        "avx512bf16": Crossover(4096, 128, few=65536),
     },
     "infinite_hip": {
         "avx512bf16": Crossover(16384, 128, few=65536),

@@ -252,8 +252,8 @@ def test_explain_names_the_backend():
 
 @pytest.mark.parametrize(
     "n_queries, n_keys, dense",
-    [(4096, 4096, False), (4096, 4095, True), (128, 4096, False), (1, 16383, True),
-     (1, 16384, False), (127, 16384, False)],
+    [(4096, 4096, False), (4096, 4095, True), (128, 4096, False), (1, 65535, True),
+     (1, 65536, False), (127, 65536, False)],
 )  # fmt: skip
 def test_the_dense_path_is_taken_where_it_is_faster(monkeypatch, n_queries, n_keys, dense):
     """Many queries and few have thresholds of their own."""
