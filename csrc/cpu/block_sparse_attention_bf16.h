@@ -337,28 +337,20 @@ class Tile {
   }
 
   // Fetches the keys and values that the next chunk has in this unit's place, a few lines at each
-  // of the unit's eight ticks: tile loads are too irregular for the hardware prefetcher, gathered
-  // rows even more so.
+  // of the unit's eight ticks: tile loads are too irregular for the hardware prefetcher.
   void prefetch(const Unit& u, int tick) const {
     const int64_t at = (u.chunk + 1) * kChunk + u.group;
-    if (at >= n_groups_) return;
-    const KeyGroup& g = groups_[at];
+    if (at >= n_groups_ || groups_[at].tokens != nullptr) return;
     const int part = u.block * 8 + tick, parts = blocks_ * 8;
-    const bool values_in_place = g.tokens == nullptr && packed_ != nullptr;
-    for (int r = part * kGroupKeys / parts; r < (part + 1) * kGroupKeys / parts; ++r) {
-      const int64_t token = g.tokens == nullptr ? g.first + r : g.tokens[r];
-      fetch(row(p_.key, p_.key_stride, tile_.batch, tile_.kv_head, token), p_.D);
-      if (!values_in_place)
-        fetch(row(p_.value, p_.value_stride, tile_.batch, tile_.kv_head, token), p_.Dv);
-    }
-    if (!values_in_place) return;
-    const uint16_t* values = packed_ + g.first * padded_dv(p_);
+    const uint16_t* keys =
+        row(p_.key, p_.key_stride, tile_.batch, tile_.kv_head, groups_[at].first);
+    for (int r = part * kGroupKeys / parts; r < (part + 1) * kGroupKeys / parts; ++r)
+      for (int64_t d = 0; d < p_.D; d += 32)
+        _mm_prefetch(keys + r * p_.key_stride[2] + d, _MM_HINT_T1);
+    if (packed_ == nullptr) return;
+    const uint16_t* values = packed_ + groups_[at].first * padded_dv(p_);
     for (int64_t d = part * padded_dv(p_) / parts; d < (part + 1) * padded_dv(p_) / parts; ++d)
       _mm_prefetch(values + d * kGroupKeys, _MM_HINT_T1);
-  }
-
-  static void fetch(const uint16_t* row, int64_t n) {
-    for (int64_t d = 0; d < n; d += 32) _mm_prefetch(row + d, _MM_HINT_T1);
   }
 
   void store_rows(int block, int v, int64_t d, float* partial) {

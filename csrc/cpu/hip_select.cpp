@@ -20,9 +20,6 @@ class Search {
  public:
   Search(const Params& p, const HipScoreKernel& kernel)
       : p_(p), kernel_(kernel), voters_(p, kernel, group() * sampled()) {
-    const int64_t most = p.keep * p.branch;
-    nodes_.resize(p.keep), children_.resize(most);
-    values_.resize(most), ranks_.resize(most), places_.resize(most + 1);
     blocks_.resize(p.K);
   }
 
@@ -45,8 +42,16 @@ class Search {
   int64_t group() const { return p_.Hq / p_.H; }
   int64_t sampled() const { return (p_.q_block + p_.q_stride - 1) / p_.q_stride; }
 
+  // a budget for all keys never comes here, and needs no room for its many nodes
+  void make_room() {
+    const int64_t most = p_.keep * p_.branch;
+    nodes_.resize(p_.keep), children_.resize(most);
+    values_.resize(most), ranks_.resize(most), places_.resize(most + 1);
+  }
+
   void descend(int64_t start, int64_t end) {
     const int64_t keep = p_.keep, blocks = end - start;
+    make_room();
     for (int64_t j = 0; j < keep; ++j) {
       const int64_t from = start + j * blocks / keep, to = start + (j + 1) * blocks / keep;
       nodes_[j] = {static_cast<int32_t>(from), static_cast<int32_t>(to - from), -1, 0};

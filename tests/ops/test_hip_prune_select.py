@@ -289,6 +289,26 @@ def test_bad_input(backend, change, message):
         op.default(**arguments)
 
 
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"chunks": []}, "chunks: expected one size per stage"),
+        ({"keeps": [8]}, "expected one integer per stage"),
+        ({"chunks": [64, 48, 8]}, r"chunks\[1\]: got 48"),
+        ({"chunks": [256, 256, 256]}, r"chunks\[-1\]: got 256"),
+        ({"keeps": [512, 0, 8]}, r"keeps\[1\]: got 0"),
+        ({"q_strides": [1, 1, 0]}, r"q_strides\[2\]: got 0"),
+        ({"merge_heads": "some"}, "merge_heads: got some"),
+        ({"window": -1}, "window: got -1"),
+    ],
+)
+def test_the_cpu_kernel_refuses_by_itself(change, message):
+    """A call of an overload passes no other check."""
+    query, key = random_inputs(Shape(Tq=100, Tk=100))[:2]
+    with pytest.raises(RuntimeError, match=message):
+        torch.ops.sparse_attn.hip_prune_select.cpp(query, key, **(STAGES | change))
+
+
 @pytest.mark.parametrize("overload", ["default", *BACKENDS])
 def test_opcheck(overload):
     query, key = random_inputs(Shape(Tq=50, Tk=70, Hq=4, Hkv=2), torch.bfloat16)[:2]

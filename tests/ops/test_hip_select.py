@@ -356,6 +356,42 @@ def test_bad_input(backend, change, message):
         op.default(**arguments)
 
 
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"budget": 0}, "budget: got 0"),
+        ({"q_block": 200}, "q_block: got 200"),
+        ({"kv_block": 0}, "kv_block: got 0"),
+        ({"q_stride": 0}, "q_stride: got 0"),
+        ({"key_stride": -1}, "key_stride: got -1"),
+        ({"sink": -1}, "sink: got -1"),
+        ({"window": 2**40}, "window: got"),
+        ({"representative": "last"}, "representative: got last"),
+        ({"branch": 3}, "branch: got 3"),
+        ({"scale": 1e300}, "scale: expected"),
+        ({"kv_lengths": torch.tensor([101]).int()}, r"kv_lengths: the value at \[0\] is 101"),
+        ({"kv_lengths": torch.tensor([-1]).int()}, r"kv_lengths: the value at \[0\] is -1"),
+        ({"block_table": torch.zeros(2, 3).int()}, "block_table: expected int32"),
+    ],
+)
+def test_the_cpu_kernel_refuses_by_itself(options, message):
+    """A call of an overload passes no other check."""
+    query, key = random_inputs(Shape(Tq=100, Tk=100))[:2]
+    with pytest.raises(RuntimeError, match=message):
+        torch.ops.sparse_attn.hip_select.cpp(query, key, **options)
+
+
+@pytest.mark.parametrize("page", [-1, 3])
+def test_the_cpu_kernel_reads_no_page_that_is_not_there(page):
+    query, key = torch.randn(1, 2, 4, 32), torch.randn(3, 1, 16, 32)
+    table = torch.tensor([[0, page, 7]], dtype=torch.int32)
+    lengths = torch.tensor([30], dtype=torch.int32)
+    with pytest.raises(RuntimeError, match=rf"block_table: the page at \[0, 1\] is {page}"):
+        op(query, key, block_table=table, kv_lengths=lengths, backend="cpp")
+    table[0, 1] = 2
+    op(query, key, block_table=table, kv_lengths=lengths, backend="cpp")  # the last is not in use
+
+
 @pytest.mark.parametrize("overload", ["default", *BACKENDS])
 def test_opcheck(overload):
     query, key = random_inputs(Shape(Tq=50, Tk=70, Hq=4, Hkv=2), torch.bfloat16)[:2]
