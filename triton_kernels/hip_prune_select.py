@@ -104,15 +104,13 @@ def _stage(
     o_i, o_t = tl.arange(0, ROOM), tl.arange(0, BLOCK_C)
     last, n_rows, limit = sampled_rows(block, q_block, STRIDE, Tq, n_keys, window, CAUSAL)
     # heads that share keys are rows of one tile where all look at the same keys
-    together = heads - heads + 1
-    if SCAN:
-        together = tl.minimum(heads, group)
+    together = tl.minimum(heads, group) if SCAN else 1
     parts = tl.cdiv(together * n_rows, BLOCK_R)
     first_chunk, last_chunk, total = begin // SIZE, (stop - 1) // SIZE, count * SPLIT
     if FIRST:
         total = tl.where(count > 0, last_chunk - first_chunk + 1, 0)
     b_chunk, b_score = b_parent, tl.full([ROOM], NONE, tl.int32)
-    done, held = total - total, total - total
+    done, held = 0, 0
     while done < total:
         n = held + tl.minimum(ROOM - held, total - done)
         of_all = done + o_i - held

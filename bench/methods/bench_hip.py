@@ -38,16 +38,26 @@ def run(report: Report) -> None:
 def alike(report: Report) -> None:
     """Keys whose neighbours are alike: what a search needs; one block of queries at 8192."""
     for length in (1, 4, 16, 64):
+        masses, tensors = [], []
+        for seed in range(4):
+            q, k = locality(seed, 8192, length)
+            tensors.append(tuple(torch.from_numpy(x).transpose(1, 2) for x in (q, k)))
+            masses.append(attention_mass(*tensors[-1], 64, 1))
         for budget in (512, 1024):
-            found = possible = 0.0
-            for seed in range(4):
-                query, key = (
-                    torch.from_numpy(x).transpose(1, 2) for x in locality(seed, 8192, length)
+            stages = ((64, 32, 8), (8 * budget, 4 * budget, budget), (4, 4, 1), 64, 64, 256)
+            best = sum(best_recall(m, budget, 2, 64, 256) for m in masses) / 4
+            for name, config in (
+                ("HiP", HiP(budget=budget, sink=64)),
+                ("HiP, two branches", HiP(budget=budget, sink=64, branch=2)),
+                ("InfiniteHiP", InfiniteHiP(*stages)),
+                ("InfiniteHiP, heads merged", InfiniteHiP(*stages, merge_heads="all")),
+            ):
+                kept = [recall(m, config.select(*t)) for m, t in zip(masses, tensors, strict=True)]
+                report.add(
+                    f"{name}, budget {budget}, keys alike over {length}: recall",
+                    sum(kept) / 4,
+                    best=best,
                 )
-                masses = attention_mass(query, key, 64, 1)
-                found += recall(masses, HiP(budget=budget, sink=64).select(query, key)) / 4
-                possible += best_recall(masses, budget, 2, 64, 256) / 4
-            report.add(f"HiP k = {budget}, keys alike over {length}: recall", found, best=possible)
 
 
 def against_dense(report: Report) -> None:

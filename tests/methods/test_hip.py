@@ -4,6 +4,7 @@ import torch
 import sparse_attn
 from bench.inputs import gen, locality
 from sparse_attn import HiP
+from sparse_attn.crossover import dense_is_faster
 from sparse_attn.methods.hip import HiPState
 from sparse_attn.ops.block_sparse_attention import op as attend
 from sparse_attn.reference.block_sparse_attention import token_mask
@@ -247,6 +248,20 @@ def test_explain_names_the_backend():
     assert "hip_select:" in text and "budget=64" in text and "used" in text
     short = sparse_attn.explain(query, key, value, "hip")
     assert "takes the dense path" in short
+
+
+@pytest.mark.parametrize(
+    "n_queries, n_keys, dense",
+    [(4096, 4096, False), (4096, 4095, True), (128, 4096, False), (1, 65535, True),
+     (1, 65536, False), (127, 65536, False)],
+)  # fmt: skip
+def test_the_dense_path_is_taken_where_it_is_faster(monkeypatch, n_queries, n_keys, dense):
+    """Many queries and few have thresholds of their own."""
+    monkeypatch.setattr("sparse_attn.cpu_isa.BEST", "avx512bf16")
+    query, key = torch.empty(1, 1, n_queries, 8), torch.empty(1, 1, n_keys, 8)
+    reason = dense_is_faster("hip", "cpp", query, key)
+    assert (reason is not None) == dense
+    assert reason is None or f"({n_keys} given)" in reason
 
 
 def test_gradients_flow_through_the_blocks_chosen():
