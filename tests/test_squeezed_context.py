@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from sparse_attn.ops.squeezed_lookup import op
 from sparse_attn.reference.squeezed_attend import token_mask
 from sparse_attn.reference.squeezed_lookup import cluster_scores
 from sparse_attn.squeezed import SqueezedContext
@@ -394,8 +395,6 @@ def test_a_failed_save_leaves_the_old_file(tmp_path, monkeypatch):
 def test_kept_tokens_of_a_layer_are_whole_clusters():
     context = build(*tensors(), coarse=0.01, sparsity=0.7)
     layer = context.layers[0]
-    from sparse_attn.ops.squeezed_lookup import op
-
     query = topics(4, 1, seed=4)[None] * 2
     mask = token_mask(*op(query, *layer.lookup)[:3], 680)[0]
     kept = F.pad(mask.cumsum(-1), (1, 0))
@@ -403,3 +402,21 @@ def test_kept_tokens_of_a_layer_are_whole_clusters():
     inside = kept.gather(-1, ends).diff(dim=-1)
     size = ends.diff(dim=-1)
     assert ((inside == 0) | (inside == size)).all() and 0 < mask.sum() < mask.numel()
+
+
+@pytest.mark.parametrize("options", [{}, {"coarse": 0.02}], ids=str)
+def test_what_is_kept_lies_in_few_runs(options):
+    """Fewer than if the clusters stood in any other order."""
+    context = build(*tensors(n=3000), clusters=0.1, sparsity=0.8, segment=1000, **options)
+    layer = context.layers[0]
+    query = 2 * topics(4, 1, seed=4)[None]
+    runs = op(query, *layer.lookup)[2][0]
+    mask = token_mask(*op(query, *layer.lookup)[:3], 2980)[0]
+    sizes = layer.offsets[0].diff(dim=-1).repeat_interleave(2, 0)
+    for head in range(4):
+        filled = sizes[head] > 0
+        first = layer.offsets[0, head // 2, :-1][filled].long()
+        kept = mask[head, first]
+        shuffled = kept[torch.randperm(len(kept))]
+        other = shuffled & ~F.pad(shuffled, (1, 0))[:-1]
+        assert 0 < runs[head] < 0.8 * other.sum()

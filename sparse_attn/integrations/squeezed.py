@@ -46,6 +46,7 @@ class TailLayer(CacheLayerMixin):
 
     is_sliding = False
     is_compileable = False
+    is_croppable = True
 
     def __init__(self, layer: SqueezedLayer) -> None:
         super().__init__()
@@ -128,10 +129,17 @@ class TailLayer(CacheLayerMixin):
     get_max_cache_shape = get_max_length  # its name in transformers 5.0
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Forgets the newest tokens (a positive number) or keeps so many in all (negative: too)."""
-        new = self.length - abs(tokens_to_remove)
-        if new < self.context.window_key.shape[2]:
-            raise ValueError("crop: a prepared context cannot be cropped, only what follows it")
+        """Forgets the newest tokens; their number is given as a negative one, as transformers does.
+
+        Raises ValueError for a positive number, or if it reaches into the prepared context.
+        """
+        new = self.length + tokens_to_remove
+        if tokens_to_remove > 0 or new < self.context.window_key.shape[2]:
+            raise ValueError(
+                f"crop: got {tokens_to_remove}, expected 0 or minus up to "
+                f"{self.length - self.context.window_key.shape[2]} tokens: a prepared context "
+                "cannot be cropped, only what follows it"
+            )
         self.length = new
 
     def reset(self) -> None:

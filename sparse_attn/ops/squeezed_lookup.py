@@ -52,15 +52,12 @@ def _level(prefix, centroids, log_counts, threshold, query, of):
         check.on_device(f"{prefix}{label}", x, query)
 
 
-def _bounds(name, x, rows, query, of):
-    """Where each cluster begins and the last one ends: int32 [C, Hkv, rows + 1]."""
+def _bounds(name, x, of, centroids):
+    """Where each cluster begins and the last one ends: int32, one more per head than centroids."""
     check.tensor(name, x, ("C", "Hkv", "Kc"), (torch.int32,))
-    check.on_device(name, x, query)
-    check.same(name, "shape", tuple(x.shape), (*of.shape[:2], rows + 1), of_name(name))
-
-
-def of_name(name):
-    return "centroids plus one" if name == "offsets" else "coarse_centroids plus one"
+    check.on_device(name, x, centroids)
+    shape = (*centroids.shape[:2], centroids.shape[2] + 1)
+    check.same(name, "shape", tuple(x.shape), shape, f"{of}, with one more per head")
 
 
 @op.validate
@@ -70,7 +67,7 @@ def _(query, centroids, log_counts, offsets, threshold, coarse_centroids, coarse
     check.tensor("centroids", centroids, ("C", "Hkv", "Kc", "D"), check.DTYPES)
     check.heads(query, centroids, "centroids")
     _level("", centroids, log_counts, threshold, query, centroids)
-    _bounds("offsets", offsets, centroids.shape[2], query, centroids)
+    _bounds("offsets", offsets, "centroids", centroids)
     coarse = {
         "coarse_centroids": coarse_centroids, "coarse_log_counts": coarse_log_counts,
         "children": children, "coarse_threshold": coarse_threshold,
@@ -85,7 +82,7 @@ def _(query, centroids, log_counts, offsets, threshold, coarse_centroids, coarse
         _level("coarse_", coarse_centroids, coarse_log_counts, coarse_threshold, query, centroids)
         check.same("coarse_centroids", "batch size", coarse_centroids.shape[0],
                    centroids.shape[0], "centroids")  # fmt: skip
-        _bounds("children", children, coarse_centroids.shape[2], query, coarse_centroids)
+        _bounds("children", children, "coarse_centroids", coarse_centroids)
     check.finite_scale(scale)
 
 

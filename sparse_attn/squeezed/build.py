@@ -12,7 +12,7 @@ from ..ops import _checks as check
 from ..reference.squeezed_lookup import cluster_scores
 from .kmeans import kmeans, segmented, split_giants, sums_by_label
 
-GROUP = 16  # clusters, on average, that stand together
+GROUP = 4  # clusters, or groups of them, on average, that stand together
 ORDER_ROUNDS = 5  # of the K-means that finds them
 
 if TYPE_CHECKING:
@@ -93,9 +93,8 @@ def build_layer(
     sums, counts = sums_by_label(raw, labels, k)
     means = sums / counts.clamp(min=1)[..., None]
     coarse: dict[str, torch.Tensor] = {}
-    if p.coarse is None:
-        means, counts, labels = _reorder(_similar_together(means, generator), means, counts, labels)
-    else:
+    means, counts, labels = _reorder(_similar_together(means, generator), means, counts, labels)
+    if p.coarse is not None:
         means, counts, labels, coarse = _two_levels(means, counts, labels, n, p, generator)
     order = labels.argsort(dim=-1, stable=True)
     offsets = F.pad(counts.cumsum(-1), (1, 0)).int()[None]
@@ -133,12 +132,15 @@ def _similar_together(means: torch.Tensor, generator: torch.Generator) -> torch.
 
     What a query keeps then lies in fewer, longer runs, which memory delivers faster.
     """
-    x = F.normalize(means, dim=-1)
-    groups = max(1, x.shape[1] // GROUP)
-    group = kmeans(x, groups, ORDER_ROUNDS, generator)
-    sums, _ = sums_by_label(x, group, groups)
-    above = kmeans(F.normalize(sums, dim=-1), max(1, groups // GROUP), ORDER_ROUNDS, generator)
-    return (above.gather(1, group) * groups + group).argsort(dim=-1, stable=True)
+    x, levels = F.normalize(means, dim=-1), []
+    while x.shape[1] > GROUP:
+        k = x.shape[1] // GROUP
+        levels.append(kmeans(x, k, ORDER_ROUNDS, generator))
+        x = F.normalize(sums_by_label(x, levels[-1], k)[0], dim=-1)
+    place = torch.arange(x.shape[1], device=x.device).expand(len(x), -1)
+    for group in reversed(levels):  # members of a group follow each other where it stands
+        place = place.gather(1, group).argsort(dim=-1, stable=True).argsort(dim=-1)
+    return place.argsort(dim=-1)
 
 
 def _reorder(
@@ -165,6 +167,8 @@ def _two_levels(
     parents = _clusters(p.coarse or 0, n)
     label = kmeans(F.normalize(means, dim=-1), parents, p.iterations, generator)
     parents = min(parents, means.shape[1])
+    above, _ = sums_by_label(means, label, parents)
+    label = _similar_together(above, generator).argsort(dim=-1).gather(1, label)
     by_parent = label.argsort(dim=-1, stable=True)
     label = label.gather(1, by_parent)
     means, counts, labels = _reorder(by_parent, means, counts, labels)

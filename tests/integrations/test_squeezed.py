@@ -116,10 +116,11 @@ def test_beams_and_crops(model):
                           max_new_tokens=6, do_sample=False)  # fmt: skip
     assert torch.equal(got, want)
     length = cache.get_seq_length()
-    cache.layers[0].crop(3)
+    cache.layers[0].crop(-3)
     assert cache.layers[0].get_seq_length() == length - 3
-    with pytest.raises(ValueError, match="cannot be cropped"):
-        cache.layers[0].crop(100)
+    for wrong in (-100, 3):
+        with pytest.raises(ValueError, match=f"crop: got {wrong}.*cannot be cropped"):
+            cache.layers[0].crop(wrong)
 
 
 @pytest.mark.parametrize("model_dtype", [torch.float32, torch.bfloat16])

@@ -325,3 +325,16 @@ def test_no_silent_loss_of_gradient():
     args = lookup_inputs(Case())
     args[0] = args[0].detach().requires_grad_()
     assert not any(x.requires_grad for x in op(*args))
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize("Tq", [1, 200])
+def test_threads_do_not_change_the_choice(threads, Tq):
+    args = lookup_inputs(Case(Tq=Tq, K=700, K1=20), torch.bfloat16)
+    before = torch.get_num_threads()
+    want = op(*args)
+    try:
+        torch.set_num_threads(threads)
+        assert all(torch.equal(x, y) for x, y in zip(want, op(*args), strict=True))
+    finally:
+        torch.set_num_threads(before)
