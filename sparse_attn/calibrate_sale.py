@@ -2,7 +2,7 @@
 
 calibrate_sale([[(query, key, value), ...] for each layer]).save("sale.json")
 Sale("sale.json", layer=3)  # the method of one layer
-register("sale", layers=Sale.load("sale.json"))  # of all layers of a model
+register("sale.json")  # of all layers of a model
 """
 
 from __future__ import annotations

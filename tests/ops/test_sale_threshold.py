@@ -50,7 +50,7 @@ def test_equals_float64(run, data):
 @given(data=st.data())
 @pytest.mark.skipif(cuda_why_not() is not None, reason="no way to run CUDA kernels")
 def test_cuda_equals_float64(data):  # the executor is slow
-    any_case(CUDA[-1], data, 70)
+    any_case(CUDA[-1], data, 40)
 
 
 def any_case(run, data, longest):
