@@ -66,8 +66,8 @@ def test_sale_is_small():
         *of_codes, *of_codes, "sale_threshold_kernel", "sale_expand_kernel", "sale_scale_kernel",
         "sale_estimate_kernel", "sale_list_kernel",
     ]  # fmt: skip
-    # the lists are the largest; never heads x queries x keys
-    assert largest[0] == 8 * (131072 // 64) * (131072 // 32)
+    # queries, keys and the lists are the largest; never heads x queries x keys
+    assert largest[0] <= max(8 * 131072 * 128, 8 * (131072 // 64) * (131072 // 32))
 
 
 def test_prefill_is_one_launch_and_decode_two():
@@ -180,8 +180,7 @@ def calls(batch, n_queries, n_keys, transposed):
     merge(out, lse, out, lse)
     quantized, steps, _ = quantize(query)
     keys, key_steps, _ = quantize(key, None, "key")
-    theta = lse.new_empty(batch, 8, n_keys)
-    estimate(quantized, steps, keys, key_steps, theta, theta[:, :, :n_queries])
+    estimate(quantized, steps, keys, key_steps, lse.new_empty(batch, 8, n_keys), lse)
     search(query, key)
     prune(query, key, [256, 32, 8], [32768, 8192, 2048], [4, 4, 1])
     # a torch without CUDA makes tensors there but cannot sort them
