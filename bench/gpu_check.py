@@ -44,9 +44,9 @@ PARTS = {
     "decode": ("attention.decode", 10),
     "squeezed": ("squeezed.run", 12),
     "operators": ("operators.run", 20),
-    "memcheck": ("machine.memcheck", 40),
-    "racecheck": ("machine.racecheck", 30),
-    "first_call": ("machine.first_call", 25),
+    "memcheck": ("machine.memcheck", 35),
+    "racecheck": ("machine.racecheck", 25),
+    "first_call": ("machine.first_call", 20),
     "sweep": ("attention.sweep", 10),
 }
 

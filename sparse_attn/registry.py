@@ -15,6 +15,7 @@ from functools import cache, partial
 from typing import Any
 
 import torch
+from torch._library import simple_registry
 from torch._library.autograd import Info, make_autograd_impl
 from torch.autograd import forward_ad
 
@@ -78,8 +79,11 @@ class Op:
         self._signature = inspect.signature(fn)
         self._defaults = tuple(p.default for p in self._signature.parameters.values())
         self._required = sum(default is inspect.Parameter.empty for default in self._defaults)
+        source = f"{fn.__code__.co_filename}:{fn.__code__.co_firstlineno}"
         for overload in self.overloads:
-            torch.library.register_fake(f"{NS}::{overload}", fn, lib=LIBRARY)
+            # as torch.library.register_fake, which would parse the caller's file each time
+            holder = simple_registry.singleton.find(f"{NS}::{overload}").fake_impl
+            holder.register(fn, source, lib=LIBRARY)
         LIBRARY.impl(self.name, self._run_default, "CompositeExplicitAutograd")
         return fn
 
