@@ -51,8 +51,9 @@ __global__ void __launch_bounds__(128, 2)
       tokens[(tile & 1) * C::kKeys + thread] = place < keys ? token_at(place) : -1;
   };
   const auto copy_keys = [&](int tile) {
-    copy_rows<C>(slot(tile), key, static_cast<int32_t>(2 * p.key_stride[2]), static_cast<int>(p.D),
-                 tokens + (tile & 1) * C::kKeys);
+    copy_rows<C>(slot(tile), reinterpret_cast<const unsigned char*>(key),
+                 static_cast<int32_t>(2 * p.key_stride[2]), /*page_bytes=*/0, /*page_bits=*/0,
+                 static_cast<int>(p.D), tokens + (tile & 1) * C::kKeys);
   };
   each_chunk<C, C::kRows>([&](int, int row, int chunk) {
     const bool valid = row < rows && chunk * 8 < p.D;
