@@ -89,7 +89,8 @@ def calibrate_sale(
 
     Args:
         layers: for each layer its prompts, (query, key, value) as `attention` takes them. Read
-            once, one prompt at a time: generators will do.
+            once, one layer at a time, so generators will do; the prompts of a layer are all held
+            until it is done, because its last thresholds are measured on each.
         max_error: the most that a head's output may differ from dense, mean over tokens of the sum
             over channels of the absolute difference; default 0.4 if min_recall is not given either.
         min_recall: the least share of a head's attention mass to keep, mean over tokens.

@@ -60,7 +60,8 @@ void run(const Params& p) {
                             float* partial) {
     const bool few = t.rows() <= kernels.decode_rows;
     (few ? kernels.decode : kernels.prefill)
-        ->tile(sequences[t.batch], t, groups, n, packed.of(t.batch * p.Hkv + t.kv_head), buffer, partial);
+        ->tile(sequences[t.batch], t, groups, n, packed.of(t.batch * p.Hkv + t.kv_head), buffer,
+               partial);
   };
 
   if (n_tiles >= kSplitBelow) {

@@ -28,7 +28,8 @@ struct QueryTile {
 };
 
 // One implementation, called with the parameters of one sequence (Sequences in
-// block_sparse_attention_call.h): Tk is how many keys it has, block_table its row. Buffers handed to it are aligned to 64 bytes; tensor data need not be.
+// block_sparse_attention_call.h): Tk is how many keys it has, block_table its row. Buffers handed
+// to it are aligned to 64 bytes; tensor data need not be.
 struct AttentionKernel {
   // bytes of the per-call copy of the values of one (batch, KV head); 0: reads them in place
   int64_t (*packed_bytes)(const BlockSparseAttentionParams&);

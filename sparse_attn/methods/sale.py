@@ -79,17 +79,23 @@ class Sale:
         return sale.why_not(causal)
 
     def selector(
-        self, query: torch.Tensor, key: torch.Tensor, causal: bool, scale: float | None
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        causal: bool,
+        scale: float | None,
+        key_mean: torch.Tensor | None = None,
     ) -> tuple[Op, tuple[Any, ...]]:
-        heads = query.shape[1]
-        new = lambda n, x: query.new_full((n,), x, dtype=torch.float32)  # noqa: E731
-        if isinstance(self.threshold, tuple):  # nothing is copied from the host
-            threshold = torch.cat([new(1, x) for x in self.threshold])
+        if isinstance(self.threshold, tuple):
+            # the numbers travel as arguments of one kernel: a copy from the host would wait
+            zeros = query.new_zeros(len(self.threshold), dtype=torch.float32)
+            each = torch._foreach_add(list(zeros.unbind()), list(map(float, self.threshold)))
+            threshold = torch.stack(each)
         else:
-            threshold = new(heads, self.threshold)
+            threshold = query.new_full((query.shape[1],), self.threshold, dtype=torch.float32)
         return ops.op, (
             query, key, threshold, self.q_block, self.kv_block, self.local, self.sink,
-            self.share_kv_heads, causal, scale, None,
+            self.share_kv_heads, causal, scale, key_mean,
         )  # fmt: skip
 
     def select(
@@ -100,8 +106,14 @@ class Sale:
         causal: bool = True,
         scale: float | None = None,
         backend: str | None = None,
+        key_mean: torch.Tensor | None = None,
     ) -> Selection:
-        op, args = self.selector(query, key, causal, scale)
+        """As every method's; `key_mean`, float32 [B, Hkv, D]: frozen mean of the keys.
+
+        For prefill in chunks: with one mean for all of them the codes of a whole block of keys do
+        not change from chunk to chunk. None: the mean of the keys of this call.
+        """
+        op, args = self.selector(query, key, causal, scale, key_mean)
         return Selection(BlockIndex(*op(*args, backend=backend), self.q_block, self.kv_block))
 
 

@@ -2,11 +2,14 @@ import json
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import sparse_attn
 from sparse_attn import BlockIndex, Sale
 from sparse_attn.calibrate_sale import START, calibrate_sale
 from sparse_attn.methods.sale import METHOD
+from sparse_attn.ops.sale_quantize import op as quantize
+from sparse_attn.ops.sale_select import op as sale_select
 from tests.cases import Shape, inputs
 from tests.ops.test_sale_select import structured
 
@@ -91,6 +94,47 @@ def test_chunks_batches_and_shared_lists():
     assert (out - dense).float().norm() < 0.1 * dense.float().norm()
     own = sparse_attn.select(query[:, :, 900:], key, Sale(threshold=0.02))
     assert index.density(600, 1500) > own.density(600, 1500)
+
+
+def test_chunked_prefill_with_a_frozen_mean_of_the_keys():
+    """One mean for all chunks: the codes of a block of keys stay, and so does what is chosen."""
+    query, key, value = structured("sharp", 1536)
+    config = Sale(threshold=(0.02, 0.01, 0.02, 0.01))
+    mean = key[:, :, :512].float().mean(2)
+    codes, steps, _ = quantize(key, mean, "key")
+    outs = []
+    for end in (512, 1024, 1536):
+        q, k, v = query[:, :, end - 512 : end], key[:, :, :end], value[:, :, :end]
+        part, part_steps, _ = quantize(k, mean, "key")
+        assert torch.equal(part, codes[:, :, :end])
+        assert torch.equal(part_steps, steps[:, :, : end // 8])
+        index = config.select(q, k, key_mean=mean).index
+        want = sale_select(q, k, torch.tensor(config.threshold), key_mean=mean)
+        assert all(torch.equal(x, y) for x, y in zip(index[:2], want, strict=True))
+        outs.append(sparse_attn.attention(q, k, v, index=index))
+    assert index.density(512, 1536) < 0.9
+    dense = sparse_attn.attention(query, key, value, "dense").float()
+    assert (torch.cat(outs, 2) - dense).norm() < 0.1 * dense.norm()
+    with pytest.raises(ValueError, match="key_mean: shape is"):
+        config.select(query, key, key_mean=mean[..., :32])
+
+
+def test_thresholds_per_head_cost_the_same_few_operations():
+    calls = []
+
+    class Count(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            calls[-1].append(function)
+            return function(*args, **(kwargs or {}))
+
+    for heads in (2, 32):
+        taus = [0.1 / (h + 1) for h in range(heads)]
+        query = torch.zeros(1, heads, 1, 2, dtype=torch.bfloat16)
+        calls.append([])
+        with Count():
+            _, args = Sale(threshold=taus).selector(query, query, True, None)
+        assert torch.equal(args[2], torch.tensor(taus))
+    assert calls[0] == calls[1] and len(calls[0]) <= 4
 
 
 def test_compiles_with_thresholds_per_head():
