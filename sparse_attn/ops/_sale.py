@@ -11,8 +11,8 @@ from . import _checks as check
 
 GROUPS = ("query", "key", "token")
 Q_BLOCKS, KV_BLOCKS = (16, 32, 64, 128), (16, 32, 64)
-PIECE = {"cpu": 1 << 21}  # bytes of products at a time: a cache
-PIECE_ELSEWHERE = 1 << 26  # a GPU wants few launches
+PIECE = 1 << 26  # bytes of products at a time: a GPU wants few launches
+PIECE_CPU = 1 << 21  # and a CPU what its cache holds
 GRID = "int q_block=64, int kv_block=32, SymInt local=128, SymInt sink=32"
 
 
@@ -87,12 +87,12 @@ def union(indices, counts, groups):
 def dots(x, center, vectors):
     """(x [B, H, T, D] - center [B, H, D]) times vectors [B, H, N, D]: float32 [B, H * N, T].
 
-    In pieces of tokens, whose temporaries take about three times PIECE at most, however large x is.
+    In pieces of tokens, whose temporaries take at most about three times PIECE, however long x is.
     Products are summed element by element, not by a matrix product, which may round to fewer bits.
     """
     out = vectors.new_empty((*vectors.shape[:3], x.shape[2]))
-    of_token = 4 * max(1, vectors.numel())  # bytes of its products
-    piece = max(1, PIECE.get(x.device.type, PIECE_ELSEWHERE) // of_token)
+    of_token = vectors.element_size() * max(1, vectors.numel())  # bytes of its products
+    piece = max(1, (PIECE_CPU if x.device.type == "cpu" else PIECE) // of_token)
     for start in range(0, x.shape[2], piece):
         part = x[:, :, start : start + piece].to(vectors.dtype)
         part = part if center is None else part - center[:, :, None]
