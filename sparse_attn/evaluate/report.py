@@ -78,7 +78,7 @@ def report(results: dict[str, Any], out: Path) -> str:
         '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
         f"<title>{escape(title)}</title><style>{STYLE}</style></head><body>\n"
-        f'<h1>{escape(title)}</h1><p class="note">{escape(results["machine"])}. '
+        f'<h1>{escape(title)}</h1><p class="note">{escape(settings["machine"])}. '
         f"{escape(settings['dtype'])}, text: {escape(settings['text'])}.</p>"
         f"<nav>{links}</nav>\n{body}</body></html>\n"
     )
@@ -340,10 +340,14 @@ def maps(results: dict[str, Any], length: int, out: Path) -> str:
 
 
 def methods(results: dict[str, Any]) -> str:
-    items = "".join(
-        f"<li><code>{escape(label)}</code>: {escape(method['config'])}</li>"
-        for label, method in results["methods"].items()
-    )
+    items = ""
+    for label, method in results["methods"].items():
+        single = "".join(
+            f"<li>layer {layer}: {escape(config)}</li>"
+            for layer, config in method["layers"].items()
+        )
+        single = single and f"<ul>{single}</ul>"
+        items += f"<li><code>{escape(label)}</code>: {escape(method['config'])}{single}</li>"
     settings = "".join(
         f"<li>{escape(k)}: {escape(str(v))}</li>" for k, v in results["settings"].items()
     )

@@ -119,6 +119,37 @@ def test_a_stopped_run_goes_on(tmp_path, monkeypatch):
         evaluate(tmp_path, "--samples", 2)
 
 
+def write_settings(path, **found):
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(json.dumps({"method": "flex_prefill", **found}))
+    return path
+
+
+def test_results_of_other_settings_are_not_taken(tmp_path, monkeypatch):
+    """A file of the same name with another method, or other layers, is another method."""
+    prepare(tmp_path)
+    path = write_settings(tmp_path / "m.json", layers={"1": {"gamma": 0.5, "min_budget": 32}})
+    found = evaluate(tmp_path, "--lengths", 300, "--methods", path)
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert "layer 1: FlexPrefill(gamma=0.5" in page and found["settings"]["machine"] in page
+    assert "gamma=0.5" in found["methods"]["m.json"]["layers"]["1"]
+    for other in ({"method": "dense"}, {"layers": {"1": {"gamma": 0.6, "min_budget": 32}}}):
+        write_settings(path, **other)
+        with pytest.raises(SystemExit, match="results with another m.json; give another folder"):
+            evaluate(tmp_path, "--lengths", 300, "--methods", path)
+    assert json.loads((tmp_path / "out" / "results.json").read_text()) == found
+    with monkeypatch.context() as patch:
+        patch.setattr("sparse_attn.evaluate.measure.machine", lambda device: "an abacus")
+        with pytest.raises(SystemExit, match="results with another machine"):
+            evaluate(tmp_path, "--lengths", 300, "--methods", "dense")
+
+
+def test_two_methods_of_one_name(tmp_path):
+    paths = [write_settings(tmp_path / folder / "m.json") for folder in "ab"]
+    with pytest.raises(SystemExit, match=r"^--methods: m.json is given twice; files need names"):
+        evaluate(tmp_path, "--methods", *paths)
+
+
 class Page(HTMLParser):
     """Checks that tags are closed in order and collects what a reader sees."""
 
