@@ -43,6 +43,14 @@ def main(args: argparse.Namespace) -> None:
     text = read_text(args)
     results = open_results(args, specs)
     model, source = load(args, text)
+    n_layers = model.config.get_text_config().num_hidden_layers
+    for spec in specs:
+        last = max(spec.settings.layers, default=-1)
+        if last >= n_layers:
+            raise SystemExit(
+                f"--methods: {spec.label} has layer {last}, the model the layers 0 to "
+                f"{n_layers - 1}"
+            )
     try:  # before anything is measured
         for length in lengths:
             for make in prompts_of(Maker(source, length, args.samples), args.depths).values():
@@ -308,11 +316,13 @@ class Look:
         error = (out.float() - dense.float()).norm() / dense.float().norm()
         found = {"density": stats.density, "error": error.item(), "recall": None, "pairs": None}
         self.layers[layer] = found
+        if not hasattr(config, "select"):  # a method without lists
+            return dense
         try:
             selection = config.select(query, key, **options)
-            recall, pairs = mass.kept(query, key, selection, scale)
-        except (NotImplementedError, AttributeError, TypeError):  # a method without lists
+        except NotImplementedError:
             return dense
+        recall, pairs = mass.kept(query, key, selection, scale)
         found["recall"], found["pairs"] = recall.tolist(), pairs.tolist()
         if self.drawn is None:
             return dense

@@ -15,7 +15,9 @@ from sparse_attn.__main__ import main
 transformers = pytest.importorskip("transformers")
 for module in ("tqdm", "matplotlib", "safetensors"):
     pytest.importorskip(module)
-from sparse_attn.evaluate.measure import Evaluation  # noqa: E402
+from sparse_attn.evaluate.measure import Evaluation, Look  # noqa: E402
+from sparse_attn.evaluate.specs import parse  # noqa: E402
+from sparse_attn.probe import Probe, register_probe  # noqa: E402
 
 LINE = "def area_of_a_circle(radius):\n    return 3.14159 * radius**2\n\n\n"
 SMALL = "flex_prefill:gamma=0.5,min_budget=32,block_size=32"
@@ -148,6 +150,45 @@ def test_two_methods_of_one_name(tmp_path):
     paths = [write_settings(tmp_path / folder / "m.json") for folder in "ab"]
     with pytest.raises(SystemExit, match=r"^--methods: m.json is given twice; files need names"):
         evaluate(tmp_path, "--methods", *paths)
+
+
+def test_layers_that_the_model_lacks(tmp_path):
+    prepare(tmp_path)
+    path = write_settings(tmp_path / "m.json", layers={"2": {"gamma": 0.5}})
+    with pytest.raises(SystemExit, match="m.json has layer 2, the model the layers 0 to 1"):
+        evaluate(tmp_path, "--lengths", 300, "--methods", path)
+    register_probe(Probe(*parse(str(path)).settings), "probe_of_layers")
+    model = transformers.LlamaForCausalLM.from_pretrained(tmp_path / "model")
+    model.set_attn_implementation("probe_of_layers")
+    with pytest.raises(ValueError, match="given for layer 2, but the model has the layers 0 to 1"):
+        model(input_ids=torch.zeros(1, 40, dtype=torch.long))
+
+
+def test_an_error_in_a_method_is_not_hidden(monkeypatch):
+    """One that cannot choose is measured without its choice; one that fails is not."""
+    from sparse_attn import Dense, FlexPrefill, api
+
+    given = (*torch.randn(3, 1, 2, 64, 32), 0, True, None)
+    attend = api.attention  # which computes without this choice
+    monkeypatch.setattr(api, "attention", lambda q, k, v, _, **kw: attend(q, k, v, Dense(), **kw))
+
+    def fails(error):
+        def select(*args, **kwargs):
+            raise error
+
+        monkeypatch.setattr(FlexPrefill, "select", select)
+        look = Look(parse("flex_prefill"), None)
+        look(*given)
+        return look.layers[0]["recall"]
+
+    assert fails(NotImplementedError("no lists")) is None
+    for error in (AttributeError("a typing error"), TypeError("another")):
+        with pytest.raises(type(error), match=str(error)):
+            fails(error)
+    monkeypatch.delattr(FlexPrefill, "select")
+    look = Look(parse("flex_prefill"), None)
+    look(*given)
+    assert look.layers[0]["recall"] is None and look.layers[0]["density"] == 1
 
 
 class Page(HTMLParser):
