@@ -24,7 +24,7 @@ from ..methods.dense import Dense
 from ..plot import plot_mass
 from ..probe import BASELINE, Probe, clock, register_probe
 from .memory import peak_of
-from .points import markdown, operating_points
+from .points import NEEDLES_TELL_NOTHING, markdown, needles_tell, operating_points
 from .prompts import TASKS, Maker, Source, depths
 from .report import write_report
 from .specs import Spec, defaults, parse
@@ -61,6 +61,8 @@ def main(args: argparse.Namespace) -> None:
     evaluation.run(lengths)
     print(f"At {lengths[-1]:,} tokens, the fastest settings within the limits of the report:\n")
     print(markdown(operating_points(results, lengths[-1])))
+    if not needles_tell(results["cells"][str(lengths[-1])][BASELINE]):
+        print(f"\n{NEEDLES_TELL_NOTHING}")
     print(write_report(results, args.out))
 
 

@@ -15,11 +15,13 @@ from .points import (
     FEWER_NEEDLES,
     HEAD,
     MORE_BITS,
+    NEEDLES_TELL_NOTHING,
     bits_lost,
     density,
     mean_needles,
     measured,
     needles_lost,
+    needles_tell,
     operating_points,
     within_limits,
 )
@@ -137,6 +139,7 @@ def signed(x: float, digits: int) -> str:
 def summary(results: dict[str, Any], length: int) -> str:
     cells = measured(results, length)
     base = cells[BASELINE]
+    yes = "yes" if needles_tell(base) else "bits only"
     rows = []
     for label, cell in cells.items():
         within = within_limits(cell, base)
@@ -153,7 +156,7 @@ def summary(results: dict[str, Any], length: int) -> str:
             f"{mean_needles(cell):.1%}",
             signed(-needles_lost(cell, base), 1),
             f"{statistics.mean(recall):.1%}" if recall else "–",
-            "yes" if within and label != BASELINE else "–" if label == BASELINE else "no",
+            yes if within and label != BASELINE else "–" if label == BASELINE else "no",
         ]))  # fmt: skip
     head = ["method", "density", "prefill", "attention", "bits/token", "change", "needles",
             "points", "mass kept", "within limits"]  # fmt: skip
@@ -164,6 +167,8 @@ def summary(results: dict[str, Any], length: int) -> str:
         f"bits per token rise by less than {MORE_BITS:g} and needles fall by less than "
         f"{FEWER_NEEDLES:g} point."
     )
+    if not needles_tell(base):
+        text += note(NEEDLES_TELL_NOTHING)
     text += "<h3>The fastest setting of each method within the limits</h3>" + table(
         HEAD, [("", row) for row in operating_points(results, length)]
     )

@@ -245,7 +245,8 @@ def test_the_report_has_everything_in_it(folder, results):
     assert list(summary) == ["sdpa", "dense", SMALL, LARGE]
     cell = results["cells"]["520"][SMALL]
     assert summary[SMALL]["bits/token"] == f"{cell['bits']:.4f}"
-    assert summary["dense"]["density"] == "100.0%" and summary["dense"]["within limits"] == "yes"
+    assert summary["dense"]["density"] == "100.0%"
+    assert summary["dense"]["within limits"] in ("yes", "bits only")  # it may find no needle
 
 
 @pytest.mark.skipif(not any(map(shutil.which, BROWSERS)), reason="no headless browser")
