@@ -26,6 +26,7 @@ from .points import (
     within_limits,
 )
 from .prompts import TASKS
+from .specs import separate
 
 STYLE = """
 :root { color-scheme: light; }
@@ -216,7 +217,7 @@ def series(methods: dict[str, dict[str, str]]) -> dict[str, tuple[str, str]]:
     """
     groups: dict[tuple[str, ...], dict[str, list[str]]] = {}
     for label, method in methods.items():
-        options = [] if method["setting"] == "defaults" else method["setting"].split(",")
+        options = [] if method["setting"] == "defaults" else separate(method["setting"])
         key = (method["family"], *(option.partition("=")[0] for option in options))
         groups.setdefault(key, {})[label] = options
     found = {}

@@ -60,11 +60,16 @@ def test_a_baseline_that_finds_no_needle():
 def test_a_line_has_the_same_options():
     settings = ("defaults", "a=1,b=2", "a=1,b=3", "b=3")
     methods = {s: {"family": "one", "setting": s} for s in settings}
+    for c in (1, 2):
+        setting = f"b=(1,2),c={c}"
+        methods[setting] = {"family": "three", "setting": setting}
     methods["two:c=1"] = {"family": "two", "setting": "c=1"}
     assert series(methods) == {
         "defaults": ("defaults", ""),
         "a=1,b=2": ("one, a=1", "b=2"),
         "a=1,b=3": ("one, a=1", "b=3"),
         "b=3": ("b=3", ""),
+        "b=(1,2),c=1": ("three, b=(1,2)", "c=1"),
+        "b=(1,2),c=2": ("three, b=(1,2)", "c=2"),
         "two:c=1": ("two:c=1", ""),
     }
