@@ -57,9 +57,12 @@ def clock(x: torch.Tensor) -> float:
 
 
 def register_probe(probe: Probe, name: str) -> None:
-    """Registers a probe, or the baseline timed in the same way where it has no method."""
+    """Registers a probe, or the baseline timed in the same way where it has no method.
+
+    A model that lacks one of the probe's layers raises ValueError in its first call.
+    """
     if probe.config is not None:
-        register_function(probe, name)
+        register_function(probe, name, max(probe.layers, default=-1))
         return
     AttentionInterface.register(name, timed_baseline(probe))
     AttentionMaskInterface.register(name, sdpa_mask)

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -58,16 +59,21 @@ def read(path: str | Path) -> Settings:
     """The methods in a file; ValueError says what is wrong with it."""
     try:
         found = json.loads(Path(path).read_text())
-    except (OSError, json.JSONDecodeError) as error:
+    except (OSError, ValueError, RecursionError) as error:  # ValueError: not JSON, or not UTF-8
         raise ValueError(f"{path}: {error}") from None
     if not isinstance(found, dict) or not isinstance(found.get("method"), str):
         raise ValueError(f"{path}: expected a JSON object with the name of a method")
-    name, shared = found["method"], found.get("options", {})
+    name, shared, by_layer = found["method"], found.get("options", {}), found.get("layers", {})
+    for what, given in (("options", shared), ("layers", by_layer)):
+        if not isinstance(given, dict):
+            raise ValueError(f"{path}: {what}: got {given!r}, expected an object")
     layers = {}
-    for layer, differs in found.get("layers", {}).items():
+    for layer, differs in by_layer.items():
         where = f"{path}: layer {layer}"
-        if not layer.isdigit() or not isinstance(differs, dict):
+        if not re.fullmatch("0|[1-9][0-9]{0,8}", layer) or not isinstance(differs, dict):
             raise ValueError(f"{where}: expected a number and an object of options")
+        if not isinstance(differs.get("method", name), str):
+            raise ValueError(f"{where}: expected the name of a method")
         if differs.get("method", name) == name:
             options = {k: v for k, v in {**shared, **differs}.items() if k != "method"}
             layers[int(layer)] = configure(name, options, where)

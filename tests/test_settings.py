@@ -40,6 +40,15 @@ def test_what_is_written_is_read(tmp_path):
         ('{"method": "dense", "options": {"size": 1}}', r"dense has no \['size'\]"),
         ('{"method": "dense", "layers": {"x": {}}}', "layer x: expected a number and an object"),
         ('{"method": "dense", "layers": {"1": 3}}', "layer 1: expected a number and an object"),
+        ('{"method": "dense", "layers": []}', r"layers: got \[\], expected an object"),
+        ('{"method": "dense", "layers": null}', "layers: got None, expected an object"),
+        ('{"method": "dense", "options": null}', "options: got None, expected an object"),
+        ('{"method": "dense", "options": 3}', "options: got 3, expected an object"),
+        ('{"method": "dense", "layers": {"²": {}}}', "layer ²: expected a number and an object"),
+        ('{"method": "dense", "layers": {"01": {}}}', "layer 01: expected a number and an object"),
+        ('{"method": "dense", "layers": {"1": {"method": []}}}', "layer 1: expected the name"),
+        (b'{"method": "\xff"}', ".*can't decode byte 0xff"),
+        pytest.param("[" * 100_000, ".*recursion", id="deep"),
         ('{"method": "dense", "layers": {"1": {"gamma": 3}}}', r"layer 1: dense has no \['gamma'"),
         (
             '{"method": "flex_prefill", "layers": {"1": {"gamma": -3}}}',
@@ -49,6 +58,6 @@ def test_what_is_written_is_read(tmp_path):
 )
 def test_what_is_wrong_is_said(tmp_path, content, message):
     path = tmp_path / "bad.json"
-    path.write_text(content)
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
     with pytest.raises(ValueError, match=f"bad.json: {message}"):
         settings.read(path)

@@ -20,9 +20,13 @@ from ..probe import Probe, register_probe
 from ..settings import Settings
 
 # the option that trades quality for speed, and values worth trying: the least computed first
-SEARCHED: dict[str, tuple[str, tuple[float, ...]]] = {
+SEARCHED: dict[str, tuple[str, tuple[Any, ...]]] = {
     "flex_prefill": ("gamma", (0.5, 0.7, 0.8, 0.9, 0.95, 0.97, 0.98, 0.99, 0.995)),
     "hip": ("budget", (64, 128, 256, 512, 1024, 2048, 4096)),
+    "infinite_hip": (  # the last is the budget; those before in the default's proportion
+        "keeps",
+        tuple((16 * n, 4 * n, n) for n in (64, 128, 256, 512, 1024, 2048, 4096)),
+    ),
     "sale": ("threshold", (0.1, 0.03, 0.016, 0.008, 0.004, 0.002, 0.001, 0.0003)),
 }
 MASSES = (0.8, 0.85, 0.9, 0.93, 0.95, 0.97, 0.98, 0.99, 0.995, 0.998)  # tried for a loss
@@ -31,7 +35,7 @@ MASSES = (0.8, 0.85, 0.9, 0.93, 0.95, 0.97, 0.98, 0.99, 0.995, 0.998)  # tried f
 class Trial(NamedTuple):
     """What one value does in one layer, by head."""
 
-    value: float
+    value: Any  # a number, or a tuple for an option that is one
     kept: list[float]  # share of the attention mass
     pairs: list[float]  # share of the pairs computed
 
@@ -39,7 +43,7 @@ class Trial(NamedTuple):
 class Trials:
     """An attention function that is dense, and tries every value of the option on its inputs."""
 
-    def __init__(self, config: Any, field: str, values: Sequence[float]) -> None:
+    def __init__(self, config: Any, field: str, values: Sequence[Any]) -> None:
         self.config, self.field, self.values = config, field, values
         self.layers: dict[int, list[Trial]] = {}
 
@@ -96,8 +100,8 @@ def report(trials: Trials, found: Settings) -> dict[str, Any]:
             by_layer[str(layer)] = {"kept": 1.0, "pairs": 1.0}
             continue
         n_heads = len(tried[0].kept)
-        values = chosen if isinstance(chosen, tuple) else (chosen,) * n_heads
         by_value = {t.value: t for t in tried}
+        values = (chosen,) * n_heads if chosen in by_value else chosen  # else one for each head
         by_layer[str(layer)] = {
             what: round(
                 statistics.mean(
@@ -146,7 +150,7 @@ def main(args: argparse.Namespace) -> None:
     print(f"for register, and evaluate --methods: {args.out}")
 
 
-def options(args: argparse.Namespace) -> tuple[Any, str, list[float]]:
+def options(args: argparse.Namespace) -> tuple[Any, str, list[Any]]:
     """The method with its fixed options, the option to search and the values to try."""
     try:
         config = parse(args.method).settings.method
@@ -155,7 +159,10 @@ def options(args: argparse.Namespace) -> tuple[Any, str, list[float]]:
     own = SEARCHED.get(config.name)
     field, values = args.field or (own and own[0]), args.values or (own and own[1])
     if field is None or values is None or (own and field != own[0] and not args.values):
-        raise SystemExit(f"--field and --values: what to search in {config.name} is not known")
+        raise SystemExit(
+            f"--field and --values: what to search in {config.name} is not known; it is for "
+            + ", ".join(f"{name} ({option})" for name, (option, _) in SEARCHED.items())
+        )
     known = {f.name: f for f in dataclasses.fields(config)}
     if field not in known:
         raise SystemExit(f"--field: {config.name} has no {field!r}; it has {sorted(known)}")

@@ -24,7 +24,7 @@ from ..methods.dense import Dense
 from ..plot import plot_mass
 from ..probe import BASELINE, Probe, clock, register_probe
 from .memory import peak_of
-from .points import markdown, operating_points
+from .points import NEEDLES_TELL_NOTHING, markdown, needles_tell, operating_points
 from .prompts import TASKS, Maker, Source, depths
 from .report import write_report
 from .specs import Spec, defaults, parse
@@ -36,12 +36,21 @@ PANELS = 16  # heads or layers drawn at most
 def main(args: argparse.Namespace) -> None:
     try:
         specs = [parse(text) for text in args.methods] if args.methods else defaults()
+        distinct(specs)
     except ValueError as error:
         raise SystemExit(f"--methods: {error}") from error
     lengths = sorted(set(args.lengths))
     text = read_text(args)
-    results = open_results(args)
+    results = open_results(args, specs)
     model, source = load(args, text)
+    n_layers = model.config.get_text_config().num_hidden_layers
+    for spec in specs:
+        last = max(spec.settings.layers, default=-1)
+        if last >= n_layers:
+            raise SystemExit(
+                f"--methods: {spec.label} has layer {last}, the model the layers 0 to "
+                f"{n_layers - 1}"
+            )
     try:  # before anything is measured
         for length in lengths:
             for make in prompts_of(Maker(source, length, args.samples), args.depths).values():
@@ -52,15 +61,38 @@ def main(args: argparse.Namespace) -> None:
     evaluation.run(lengths)
     print(f"At {lengths[-1]:,} tokens, the fastest settings within the limits of the report:\n")
     print(markdown(operating_points(results, lengths[-1])))
+    if not needles_tell(results["cells"][str(lengths[-1])][BASELINE]):
+        print(f"\n{NEEDLES_TELL_NOTHING}")
     print(write_report(results, args.out))
 
 
-def open_results(args: argparse.Namespace) -> dict[str, Any]:
-    """The results in the folder, if they are of the same model, text and tasks, or new ones."""
+def distinct(specs: list[Spec]) -> None:
+    """ValueError if two would be one row of the results."""
+    labels = [spec.label for spec in specs]
+    for label in labels:
+        if labels.count(label) > 1:
+            raise ValueError(f"{label} is given twice; files need names of their own")
+
+
+def described(spec: Spec) -> dict[str, Any]:
+    """What the results say of a method: all of its settings, whatever file they are from."""
+    return {
+        "config": repr(spec.settings.method),
+        "layers": {str(i): repr(config) for i, config in sorted(spec.settings.layers.items())},
+        "family": spec.family,
+        "setting": spec.setting,
+    }
+
+
+def open_results(args: argparse.Namespace, specs: list[Spec]) -> dict[str, Any]:
+    """The results in the folder, if they are of the same model, text, tasks, machine and settings
+    of the methods, or new ones.
+    """
     settings = {
         "model": str(args.model), "text": str(args.text or "Python's standard library"),
         "samples": args.samples, "depths": args.depths, "dtype": args.dtype,
         "device": device_of(args), "version": __version__,
+        "machine": machine(torch.device(device_of(args))),
     }  # fmt: skip
     path = args.out / "results.json"
     try:
@@ -69,8 +101,10 @@ def open_results(args: argparse.Namespace) -> dict[str, Any]:
     except (OSError, json.JSONDecodeError) as error:
         raise SystemExit(f"--out: {error}") from error
     if found is None:
-        return {"settings": settings, "machine": "", "methods": {}, "cells": {}}
+        return {"settings": settings, "methods": {}, "cells": {}}
     other = [k for k, v in settings.items() if found["settings"].get(k) != v]
+    old = found["methods"]
+    other += [s.label for s in specs if old.get(s.label, described(s)) != described(s)]
     if other:
         raise SystemExit(
             f"--out: {path} holds results with another {', '.join(other)}; give another folder"
@@ -149,15 +183,10 @@ class Evaluation:
     ) -> None:  # fmt: skip
         self.model, self.source, self.specs, self.args = model, source, specs, args
         self.results = results
-        results["machine"] = machine(model.device)
         self.probes = {BASELINE: Probe(None)}
         for spec in specs:
             self.probes[spec.label] = Probe(*spec.settings, fallback=False)
-            results["methods"][spec.label] = {
-                "config": repr(spec.settings.method),
-                "family": spec.family,
-                "setting": spec.setting,
-            }
+            results["methods"][spec.label] = described(spec)
         for i, probe in enumerate(self.probes.values()):
             register_probe(probe, f"evaluate_{i}")
 
@@ -289,11 +318,13 @@ class Look:
         error = (out.float() - dense.float()).norm() / dense.float().norm()
         found = {"density": stats.density, "error": error.item(), "recall": None, "pairs": None}
         self.layers[layer] = found
+        if not hasattr(config, "select"):  # a method without lists
+            return dense
         try:
             selection = config.select(query, key, **options)
-            recall, pairs = mass.kept(query, key, selection, scale)
-        except (NotImplementedError, AttributeError, TypeError):  # a method without lists
+        except NotImplementedError:
             return dense
+        recall, pairs = mass.kept(query, key, selection, scale)
         found["recall"], found["pairs"] = recall.tolist(), pairs.tolist()
         if self.drawn is None:
             return dense

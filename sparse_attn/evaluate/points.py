@@ -35,8 +35,21 @@ def needles_lost(cell: dict[str, Any], base: dict[str, Any]) -> float:
     return round(100 * (mean_needles(base) - mean_needles(cell)), 4)
 
 
+def needles_tell(base: dict[str, Any]) -> bool:
+    """Whether the baseline finds so many needles that a setting can lose `FEWER_NEEDLES`."""
+    return 100 * mean_needles(base) >= FEWER_NEEDLES
+
+
+NEEDLES_TELL_NOTHING = (
+    f"{BASELINE} finds less than {FEWER_NEEDLES:g} % of the needles, so that no setting can lose "
+    "them: within limits is judged by the bits per token alone."
+)
+
+
 def within_limits(cell: dict[str, Any], base: dict[str, Any]) -> bool:
-    """Whether a setting loses less than `MORE_BITS` and `FEWER_NEEDLES`."""
+    """Whether a setting loses less than `MORE_BITS` and `FEWER_NEEDLES`; if not `needles_tell`,
+    the bits alone decide.
+    """
     return bits_lost(cell, base) < MORE_BITS and needles_lost(cell, base) < FEWER_NEEDLES
 
 
@@ -67,7 +80,7 @@ def operating_points(results: dict[str, Any], length: int) -> list[list[str]]:
             f"{base['attention'] / cell['attention']:.2f}×",
             f"{base['prefill'] / cell['prefill']:.2f}×",
             f"{bits_lost(cell, base):.4f}",
-            f"{needles_lost(cell, base):.1f}",
+            f"{needles_lost(cell, base):.1f}" if needles_tell(base) else "–",
         ])  # fmt: skip
     return rows
 

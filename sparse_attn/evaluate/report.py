@@ -15,15 +15,18 @@ from .points import (
     FEWER_NEEDLES,
     HEAD,
     MORE_BITS,
+    NEEDLES_TELL_NOTHING,
     bits_lost,
     density,
     mean_needles,
     measured,
     needles_lost,
+    needles_tell,
     operating_points,
     within_limits,
 )
 from .prompts import TASKS
+from .specs import separate
 
 STYLE = """
 :root { color-scheme: light; }
@@ -78,7 +81,7 @@ def report(results: dict[str, Any], out: Path) -> str:
         '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
         f"<title>{escape(title)}</title><style>{STYLE}</style></head><body>\n"
-        f'<h1>{escape(title)}</h1><p class="note">{escape(results["machine"])}. '
+        f'<h1>{escape(title)}</h1><p class="note">{escape(settings["machine"])}. '
         f"{escape(settings['dtype'])}, text: {escape(settings['text'])}.</p>"
         f"<nav>{links}</nav>\n{body}</body></html>\n"
     )
@@ -137,6 +140,7 @@ def signed(x: float, digits: int) -> str:
 def summary(results: dict[str, Any], length: int) -> str:
     cells = measured(results, length)
     base = cells[BASELINE]
+    yes = "yes" if needles_tell(base) else "bits only"
     rows = []
     for label, cell in cells.items():
         within = within_limits(cell, base)
@@ -153,7 +157,7 @@ def summary(results: dict[str, Any], length: int) -> str:
             f"{mean_needles(cell):.1%}",
             signed(-needles_lost(cell, base), 1),
             f"{statistics.mean(recall):.1%}" if recall else "–",
-            "yes" if within and label != BASELINE else "–" if label == BASELINE else "no",
+            yes if within and label != BASELINE else "–" if label == BASELINE else "no",
         ]))  # fmt: skip
     head = ["method", "density", "prefill", "attention", "bits/token", "change", "needles",
             "points", "mass kept", "within limits"]  # fmt: skip
@@ -164,6 +168,8 @@ def summary(results: dict[str, Any], length: int) -> str:
         f"bits per token rise by less than {MORE_BITS:g} and needles fall by less than "
         f"{FEWER_NEEDLES:g} point."
     )
+    if not needles_tell(base):
+        text += note(NEEDLES_TELL_NOTHING)
     text += "<h3>The fastest setting of each method within the limits</h3>" + table(
         HEAD, [("", row) for row in operating_points(results, length)]
     )
@@ -211,7 +217,7 @@ def series(methods: dict[str, dict[str, str]]) -> dict[str, tuple[str, str]]:
     """
     groups: dict[tuple[str, ...], dict[str, list[str]]] = {}
     for label, method in methods.items():
-        options = [] if method["setting"] == "defaults" else method["setting"].split(",")
+        options = [] if method["setting"] == "defaults" else separate(method["setting"])
         key = (method["family"], *(option.partition("=")[0] for option in options))
         groups.setdefault(key, {})[label] = options
     found = {}
@@ -340,10 +346,14 @@ def maps(results: dict[str, Any], length: int, out: Path) -> str:
 
 
 def methods(results: dict[str, Any]) -> str:
-    items = "".join(
-        f"<li><code>{escape(label)}</code>: {escape(method['config'])}</li>"
-        for label, method in results["methods"].items()
-    )
+    items = ""
+    for label, method in results["methods"].items():
+        single = "".join(
+            f"<li>layer {layer}: {escape(config)}</li>"
+            for layer, config in method["layers"].items()
+        )
+        single = single and f"<ul>{single}</ul>"
+        items += f"<li><code>{escape(label)}</code>: {escape(method['config'])}{single}</li>"
     settings = "".join(
         f"<li>{escape(k)}: {escape(str(v))}</li>" for k, v in results["settings"].items()
     )

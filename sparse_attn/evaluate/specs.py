@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 from pathlib import Path
 from typing import NamedTuple
 
@@ -33,15 +34,20 @@ def parse(text: str) -> Spec:
         return Spec(Path(text).name, read(text))
     name, _, options = text.partition(":")
     fields = {}
-    for part in filter(None, options.split(",")):
+    for part in filter(None, separate(options)):
         field, equals, value = part.partition("=")
-        if not equals:
-            raise ValueError(f"{text}: expected field=value, got {part!r}")
+        if not equals or field in fields:
+            raise ValueError(f"{text}: expected field=value, each field once, got {part!r}")
         try:
             fields[field] = ast.literal_eval(value)
         except (ValueError, SyntaxError):
             fields[field] = value  # a word
     return Spec(text, Settings(configure(name, fields, text), {}))
+
+
+def separate(options: str) -> list[str]:
+    """Options at the commas between them; a comma in a list separates nothing."""
+    return re.split(r",(?![^(\[]*[)\]])", options)
 
 
 def defaults() -> list[Spec]:

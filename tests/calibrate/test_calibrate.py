@@ -70,6 +70,17 @@ def test_a_loss_that_is_accepted(folder):
     assert strict["lost"] <= 1e-4 and strict["mass"] >= generous["mass"]
 
 
+def test_the_budget_of_stages(folder):
+    """An option that is a tuple for all heads."""
+    method = "infinite_hip:sink=0,window=16,q_block=16"
+    found = settings.read(calibrate(folder, "--method", method, "--mass", 0.5))
+    written = json.loads((folder / "mine.json").read_text())["measured"]["layers"]
+    assert set(found.layers) == {0, 1}
+    for layer, config in found.layers.items():
+        assert config.keeps in search.SEARCHED["infinite_hip"][1] and config.window == 16
+        assert written[str(layer)]["kept"] >= 0.5 and written[str(layer)]["pairs"] < 1
+
+
 def trials():
     """Two heads; the first needs 3, the second is content with 2."""
     made = search.Trials(PerHead(), "size", (1, 2, 3))
@@ -114,7 +125,7 @@ def test_a_list_for_each_head_survives_the_file(tmp_path, monkeypatch):
     ("options", "message"),
     [
         (("--method", "flash"), "--method: flash: no such method"),
-        (("--method", "dense"), "--field and --values: what to search in dense is not known"),
+        (("--method", "dense"), "--field and --values: what to search in dense is not .*hip"),
         (("--field", "size", "--values", 1), r"--field: flex_prefill has no 'size'; it has \['b"),
         (("--field", "tau"), "--field and --values: what to search"),
         (("--values", -1), "--values: gamma"),
@@ -130,11 +141,12 @@ def test_bad_arguments(folder, options, message):
 
 
 def test_the_table_names_real_options():
-    """Of the methods that are there; values go from little computed to much."""
+    """Of all methods that have an option to search."""
     from sparse_attn.methods import METHODS
 
     for name, (field, values) in search.SEARCHED.items():
-        if name in METHODS:
-            for value in values:
-                METHODS[name](**{field: value})
+        for value in values:
+            METHODS[name](**{field: value})
+    others = set(METHODS) - set(search.SEARCHED)
+    assert others == {"dense", "squeezed"}  # as docs/calibrate.md says
     assert FlexPrefill().gamma in search.SEARCHED["flex_prefill"][1]

@@ -1,11 +1,11 @@
 """Which settings lose next to nothing, and the table of the fastest of them."""
 
 from sparse_attn.evaluate.points import markdown, operating_points, within_limits
-from sparse_attn.evaluate.report import series
+from sparse_attn.evaluate.report import series, summary
 
 
 def cell(bits, needles, attention, density=None):
-    layers = None if density is None else [{"density": density}, None]
+    layers = None if density is None else [{"density": density, "recall": None}, None]
     return {"bits": bits, "needles": {"0.000": needles}, "attention": attention,
             "prefill": attention + 1, "layers": layers}  # fmt: skip
 
@@ -43,14 +43,33 @@ def test_the_fastest_within_the_limits():
     ]
 
 
+def test_a_baseline_that_finds_no_needle():
+    """Nothing can be lost then: what is said to be within the limits is so by its bits alone."""
+    blind = {k: v | {"needles": {"0.000": 0.0}} for k, v in CELLS.items()}
+    assert [row[-1] for row in operating_points({**RESULTS, "cells": {"4096": blind}}, 4096)] == [
+        "–", "–",
+    ]  # fmt: skip
+    assert within_limits(blind["other"], blind["sdpa"])
+    assert not within_limits(blind["one:a=3"], blind["sdpa"])
+    for cells, marked in ((CELLS, False), (blind, True)):
+        page = summary({**RESULTS, "cells": {"4096": cells}}, 4096)
+        assert ("<td>bits only</td>" in page) == marked == ("judged by the bits" in page)
+        assert ("<td>yes</td>" in page) != marked and "<td>no</td>" in page
+
+
 def test_a_line_has_the_same_options():
     settings = ("defaults", "a=1,b=2", "a=1,b=3", "b=3")
     methods = {s: {"family": "one", "setting": s} for s in settings}
+    for c in (1, 2):
+        setting = f"b=(1,2),c={c}"
+        methods[setting] = {"family": "three", "setting": setting}
     methods["two:c=1"] = {"family": "two", "setting": "c=1"}
     assert series(methods) == {
         "defaults": ("defaults", ""),
         "a=1,b=2": ("one, a=1", "b=2"),
         "a=1,b=3": ("one, a=1", "b=3"),
         "b=3": ("b=3", ""),
+        "b=(1,2),c=1": ("three, b=(1,2)", "c=1"),
+        "b=(1,2),c=2": ("three, b=(1,2)", "c=2"),
         "two:c=1": ("two:c=1", ""),
     }

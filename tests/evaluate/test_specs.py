@@ -20,6 +20,15 @@ def test_names_and_options():
     assert {"dense", "flex_prefill"} <= {spec.label for spec in defaults()}
 
 
+def test_lists():
+    """For each head, or for each stage."""
+    found = parse("sale:threshold=(0.1,0.2),sink=64").settings.method
+    assert found.threshold == (0.1, 0.2)
+    assert parse("sale:threshold=[0.1, 0.2]").settings.method.threshold == (0.1, 0.2)
+    found = parse("infinite_hip:keeps=(512,64),chunks=(64,8),q_strides=(4,1)").settings.method
+    assert (found.keeps, found.chunks, found.q_strides) == ((512, 64), (64, 8), (4, 1))
+
+
 def test_a_file_of_layers(tmp_path):
     path = tmp_path / "mine.json"
     path.write_text(
@@ -42,7 +51,10 @@ def test_a_file_of_layers(tmp_path):
     [
         ("flash", "flash: no such method 'flash'; there are .*'dense'"),
         ("dense:size=3", r"dense:size=3: dense has no \['size'\]; it has \[\]"),
-        ("flex_prefill:gamma", "expected field=value, got 'gamma'"),
+        ("flex_prefill:gamma", "expected field=value, each field once, got 'gamma'"),
+        ("flex_prefill:gamma=0.5,gamma=1", "each field once, got 'gamma=1'"),
+        ("sale:threshold=(0.1,0.2", "each field once, got '0.2'"),
+        ("sale:threshold=a/missing.file,layer=1", "a/missing.file"),
         ("flex_prefill:gamma=-1", "flex_prefill:gamma=-1: gamma"),
         ("missing.json", "missing.json: .*No such file"),
     ],
