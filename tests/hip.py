@@ -7,6 +7,8 @@ import torch
 from sparse_attn.reference import hip_select
 from tests.cases import CUDA, RUNS, Shape, inputs
 
+GARBAGE = torch.tensor([-1, 2**31 - 1, -(2**31)], dtype=torch.int32)  # no pages, no lengths
+
 
 def runs_of(op):
     """Every way to run an operator here; the backends are those that it declares."""

@@ -219,6 +219,24 @@ def test_pages(run, page_size):
         assert not got[b, ..., alone.shape[-1] :].any()
 
 
+@pytest.mark.parametrize("run", [r for r in KERNELS if r[0] != "cpp"], ids=str)
+@pytest.mark.parametrize("page_size", [None, 16])
+def test_a_wrong_cache_is_not_left(run, page_size):
+    """An undefined choice, but a legal one and no read outside: interpreter and executor tell."""
+    query, key = hip.smooth_keys(Shape(B=3, Tq=17, Tk=96), dtype=dtype_for(run))
+    pages, table, full = hip.paged(key, page_size, [96] * 3)
+    pages, wrong = torch.nan_to_num(pages), hip.GARBAGE
+    if table is not None:
+        table = wrong[torch.arange(table.numel()) % 3].view(table.shape)
+    options = STAGES | {"keeps": [64, 32, 16], "q_block": 16, "window": 10}
+    for lengths in (None, full, wrong):
+        for change in ({}, {"causal": False}):
+            found = call(
+                op, run, query, pages, **options, **change, block_table=table, kv_lengths=lengths
+            )
+            hip.check_index(*found, 12)
+
+
 @pytest.mark.parametrize("run", KERNELS, ids=str)
 def test_every_argument_reaches_the_kernel(run):
     query, key = hip.smooth_keys(
