@@ -50,7 +50,7 @@ def _scan(
     m = valid[:, None] & (tokens < end[:, None])
     b_s = best_of_rows(
         b_first, b_limit, p_query, q_h, q_t, parts, heads, last, n_rows, limit, stride, p_key,
-        p_table, k_page, k_t, page_bits, tl.reshape(tokens, [start.shape[0] * ROOM]),
+        p_table, k_page, k_t, page_bits, pages, tl.reshape(tokens, [start.shape[0] * ROOM]),
         tl.reshape(m, [start.shape[0] * ROOM]), sign, HOLD, D, CAUSAL, PAGED, BLOCK_R, BLOCK_D,
     )  # fmt: skip
     return tl.max(tl.reshape(b_s, [start.shape[0], ROOM]), 1)
