@@ -9,7 +9,7 @@ import torch
 from . import _ext, cpu_isa
 from .block_index import BlockIndex
 from .crossover import dense_is_faster
-from .methods import Selection, resolve
+from .methods import METHODS, Selection, resolve
 from .methods.dense import Dense
 from .ops import _checks as check
 from .ops.block_sparse_attention import op as attend
@@ -70,7 +70,8 @@ def attention(
         return_stats: also return `Stats`; reads the index on the host.
         block_table: int32 [B, pages of a sequence]: key and value are pages, [pages, Hkv,
             page_size, D], and token t of sequence b lies in page block_table[b, t // page_size].
-            With `index` or the method "dense"; no gradient. docs/ops/block_sparse_attention.md.
+            With `index` or the methods "dense", "hip" and "infinite_hip"; no gradient.
+            docs/ops/block_sparse_attention.md.
         kv_lengths: int32 [B], how many keys each sequence has of those there is room for; Tk
             above. As `block_table`.
 
@@ -86,11 +87,8 @@ def attention(
     cached = block_table is not None or kv_lengths is not None
     backend = requested(backend)
     dense_because = selector = None
+    dense = False
     if index is not None:
-        if cached and return_stats:
-            raise NotImplementedError(
-                "return_stats: no density is computed for an index with block_table or kv_lengths"
-            )
         if not isinstance(index, BlockIndex):
             raise TypeError(f"index: expected a BlockIndex, got {type(index).__name__}")
         index = index.expand(query.shape[0])
@@ -98,20 +96,32 @@ def attention(
     else:
         config = resolve(method)
         name = config.name
-        if cached and not isinstance(config, Dense):
+        if cached and not (isinstance(config, Dense) or getattr(config, "takes_cache", False)):
+            takes = ", ".join(
+                repr(n) for n, m in sorted(METHODS.items()) if getattr(m, "takes_cache", False)
+            )
             raise NotImplementedError(
                 f"method {name!r} cannot serve this call: it selects from keys in one piece, all "
-                "there; with block_table or kv_lengths give an index or the method 'dense'"
+                "there; with block_table or kv_lengths give an index or one of the methods "
+                f"'dense', {takes}"
             )
-        dense_because = _dense_because(config, query, key, causal, fallback, backend)
+        dense_because = _dense_because(config, query, key, capacity, causal, fallback, backend)
         config = config if dense_because is None else Dense()
-        selector = config.selector(query, key, causal, scale)
+        dense = isinstance(config, Dense)
+        # a dense selection knows nothing of caches
+        takes_cache = cached and not dense
+        cache = {"block_table": block_table, "kv_lengths": kv_lengths} if takes_cache else {}
+        selector = config.selector(query, key, causal, scale, **cache)
         selection = config.select(  # what is chosen has no gradient
-            query.detach(), key.detach(), causal=causal, scale=scale, backend=backend
+            query.detach(), key.detach(), causal=causal, scale=scale, backend=backend, **cache
+        )
+        if dense:
+            selection = Selection(selection.index, capacity)  # all keys, of which it saw a page
+    if cached and return_stats and not dense:
+        raise NotImplementedError(
+            "return_stats: no density is computed for a choice with block_table or kv_lengths"
         )
     chosen, sink, window = selection
-    if cached and index is None:
-        sink = capacity  # "all keys" of a dense selection, which saw a page only
     args = (query, key, value, *chosen, causal, sink, window, scale, block_table, kv_lengths)
     out, lse = attend(*args, backend=backend)
     results = [out]
@@ -122,7 +132,7 @@ def attention(
             Stats(
                 name,
                 attend.select(args, backend).backend,
-                _density(selection, query.shape[2], key.shape[2], causal),
+                _density(selection, query.shape[2], capacity, causal),
                 dense_because,
                 selector and selector[0].select(selector[1], backend).backend,
             )
@@ -151,6 +161,7 @@ def _dense_because(
     config: Any,
     query: torch.Tensor,
     key: torch.Tensor,
+    n_keys: int,
     causal: bool,
     fallback: bool,
     backend: str | None,
@@ -162,9 +173,9 @@ def _dense_because(
     if not fallback:
         return None
     least = getattr(config, "min_length", 0)
-    if key.shape[2] < least:
-        return f"{key.shape[2]} keys are fewer than min_length, {least}"
-    return dense_is_faster(config.name, backend or _backend_for(query, key), query, key)
+    if n_keys < least:
+        return f"{n_keys} keys are fewer than min_length, {least}"
+    return dense_is_faster(config.name, backend or _backend_for(query, key), query, n_keys)
 
 
 def _backend_for(query: torch.Tensor, key: torch.Tensor) -> str:
@@ -219,7 +230,7 @@ def explain(
     reason = config.why_not(query, key, causal)
     if reason is not None:
         return "\n".join([*lines, f"cannot serve this call: {reason}"])
-    dense = _dense_because(config, query, key, causal, fallback, backend)
+    dense = _dense_because(config, query, key, key.shape[2], causal, fallback, backend)
     if dense is not None:
         lines.append(f"takes the dense path: {dense} (fallback=False forces the method)")
     selector = config.selector(query, key, causal, None) if dense is None else None

@@ -7,6 +7,8 @@ import torch
 from sparse_attn.reference import hip_select
 from tests.cases import CUDA, RUNS, Shape, inputs
 
+GARBAGE = torch.tensor([-1, 2**31 - 1, -(2**31)], dtype=torch.int32)  # no pages, no lengths
+
 
 def runs_of(op):
     """Every way to run an operator here; the backends are those that it declares."""
@@ -93,8 +95,9 @@ def nearest_ties(reference, call):
 def paged(key, page_size, lengths, seed=0):
     """key [B, Hkv, Tk, D] scattered over pages in any order: (pages, block_table, kv_lengths).
 
-    Sequence b holds its first lengths[b] tokens; what belongs to nobody is NaN. Without a page size
-    there is one piece per sequence and no table.
+    Sequence b holds its first lengths[b] tokens; what belongs to nobody is NaN, and places of the
+    table beyond a length hold no page. Without a page size there is one piece per sequence and no
+    table.
     """
     batch, heads, n_keys, dim = key.shape
     lengths = torch.tensor(lengths, dtype=torch.int32)
@@ -109,4 +112,7 @@ def paged(key, page_size, lengths, seed=0):
     for b in range(batch):
         for t in range(int(lengths[b])):
             pages[table[b, t // page_size], :, t % page_size] = key[b, :, t]
+    unused = torch.arange(most) * page_size >= lengths[:, None]
+    garbage = GARBAGE[torch.arange(batch * most) % 3].view(batch, most)
+    table = torch.where(unused, garbage, table)
     return pages, table, lengths

@@ -58,10 +58,10 @@ def test_decoding_takes_the_dense_path():
 def test_a_crossover_that_nobody_measured_is_called_a_guess(monkeypatch):
     query, key, value = inputs(Shape(Tq=64, Tk=300))
     monkeypatch.setattr(crossover, "MEASURED", {"flex_prefill": {}})
-    reason = crossover.dense_is_faster("flex_prefill", "triton", query, key)
+    reason = crossover.dense_is_faster("flex_prefill", "triton", query, key.shape[2])
     assert "below 16384 keys (300 given)" in reason and "not been measured on triton" in reason
-    assert crossover.dense_is_faster("dense", "triton", query, key) is None
-    assert crossover.dense_is_faster("flex_prefill", "reference", query, key) is None
+    assert crossover.dense_is_faster("dense", "triton", query, key.shape[2]) is None
+    assert crossover.dense_is_faster("flex_prefill", "reference", query, key.shape[2]) is None
 
 
 def test_explain_names_every_backend():

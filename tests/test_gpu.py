@@ -5,6 +5,7 @@ import torch
 
 import sparse_attn
 from sparse_attn.block_index import BlockIndex
+from sparse_attn.methods.hip import HiP, HiPState
 from sparse_attn.ops.block_sparse_attention import op as attend
 from sparse_attn.ops.block_sparse_attention_backward import op as gradient
 from sparse_attn.ops.flex_prefill_attention import op as flex_prefill
@@ -184,6 +185,32 @@ def test_capture_and_replay(prepared, backend):
             listed = torch.arange(got.shape[-1], device="cuda") < expected[1][..., None]
             got, want = got * listed, want * listed
         assert torch.equal(got, want)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_steps_with_a_choice_of_hip_are_replayed(backend):
+    """In a cache of fixed size, whose lengths grow from step to step."""
+    require("hip_attention", backend)
+    shape = Shape(B=2, Hq=8, Hkv=2, Tq=1, Tk=2048, D=128, Dv=128)
+    query, key, value = (x.cuda() for x in inputs(shape, torch.bfloat16))
+    lengths = torch.tensor([2000, 700], dtype=torch.int32, device="cuda")
+    config, cache = HiP(budget=128, share_kv_heads=True), {"kv_lengths": lengths}
+    called, replayed = HiPState(config, 3), HiPState(config, 3)
+    replayed.attention(query, key, value, backend=backend, **cache)  # compiles, makes room
+    search, attend_graph = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
+    with torch.cuda.graph(search):
+        replayed.search(query, key, backend=backend, **cache)
+    with torch.cuda.graph(attend_graph):
+        found = replayed.attend(query, key, value, backend=backend, **cache)
+    for step in range(5):
+        query.copy_(torch.randn_like(query))
+        want = called.attention(query, key, value, backend=backend, **cache)
+        assert called.age == step % 3
+        if called.age == 0:
+            search.replay()
+        attend_graph.replay()
+        assert all(torch.equal(x, y) for x, y in zip(found, want, strict=True))
+        lengths += 1
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

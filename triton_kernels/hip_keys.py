@@ -18,7 +18,8 @@ from . import configs, launch
 NONE = tl.constexpr(-(2**31))  # the score of a place without a candidate
 # lengths vary from call to call: only strides of query and key are worth compiling for
 SIZES = [
-    "H", "Hq", "Hkv", "Tq", "Tk", "Mq", "K", "q_block", "sink", "window", "page_bits", "t_b",
+    "H", "Hq", "Hkv", "Tq", "Tk", "Mq", "K", "q_block", "sink", "window", "page_bits",
+    "pages", "t_b",
 ]  # fmt: skip
 
 
@@ -100,13 +101,17 @@ def query_rows(
 
 @triton.jit
 def best_products(
-    b_q, b_limit, p_key, p_table, k_page, k_t, page_bits, tokens, valid, sign,
+    b_q, b_limit, p_key, p_table, k_page, k_t, page_bits, pages, tokens, valid, sign,
     D: tl.constexpr, PAGED: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """The largest product of each of the keys `tokens` with a row that may count it: [N]."""
+    """The largest product of each of the keys `tokens` with a row that may count it: [N].
+
+    A wrong page is clamped: no table leads outside of the cache.
+    """
     o_d = tl.arange(0, BLOCK_D)
     if PAGED:
-        page = tl.load(p_table + (tokens >> page_bits), mask=valid, other=0).to(tl.int64)
+        page = tl.load(p_table + (tokens >> page_bits), mask=valid, other=0)
+        page = tl.minimum(tl.maximum(page, 0), pages - 1).to(tl.int64)
         offset = page * k_page + (tokens & ((1 << page_bits) - 1)).to(tl.int64) * k_t
     else:
         offset = tokens.to(tl.int64) * k_t
@@ -120,7 +125,7 @@ def best_products(
 @triton.jit
 def best_of_rows(
     b_first, b_limit, p_query, q_h, q_t, parts, heads, last, n_rows, limit, stride,
-    p_key, p_table, k_page, k_t, page_bits, tokens, valid, sign, HOLD: tl.constexpr,
+    p_key, p_table, k_page, k_t, page_bits, pages, tokens, valid, sign, HOLD: tl.constexpr,
     D: tl.constexpr, CAUSAL: tl.constexpr, PAGED: tl.constexpr, BLOCK_R: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):  # fmt: skip
@@ -130,13 +135,14 @@ def best_of_rows(
     """
     b_s = tl.full([tokens.shape[0]], -float("inf"), tl.float32)
     if HOLD:
-        b_s = best_products(b_first, b_limit, p_key, p_table, k_page, k_t, page_bits, tokens, valid,
-                            sign, D, PAGED, BLOCK_D)  # fmt: skip
+        b_s = best_products(b_first, b_limit, p_key, p_table, k_page, k_t, page_bits, pages, tokens,
+                            valid, sign, D, PAGED, BLOCK_D)  # fmt: skip
     for j in range(1 if HOLD else 0, parts):
         b_q, b_l = query_rows(p_query, q_h, q_t, j, heads, last, n_rows, limit, stride,
                               D, CAUSAL, BLOCK_R, BLOCK_D)  # fmt: skip
         b_s = tl.maximum(b_s, best_products(
-            b_q, b_l, p_key, p_table, k_page, k_t, page_bits, tokens, valid, sign, D, PAGED, BLOCK_D
+            b_q, b_l, p_key, p_table, k_page, k_t, page_bits, pages, tokens, valid, sign, D, PAGED,
+            BLOCK_D,
         ))  # fmt: skip
     return b_s
 
@@ -165,8 +171,8 @@ def arguments(
     sign = 1.0 if scale is None or scale > 0 else -1.0 if scale < 0 else 0.0
     return (indices, counts), (
         query, key, table, lengths, indices, counts, lists, heads, key.shape[1], n_queries, tokens,
-        rows, places, q_block, *edges, page_bits, sign, *query.stride()[:3], *key.stride()[:3],
-        table.stride(0),
+        rows, places, q_block, *edges, page_bits, key.shape[0], sign, *query.stride()[:3],
+        *key.stride()[:3], table.stride(0),
     )  # fmt: skip
 
 

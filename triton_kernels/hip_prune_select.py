@@ -40,7 +40,7 @@ def _room(size):
 @triton.jit
 def _scan(
     b_first, b_limit, p_query, q_h, q_t, parts, heads, last, n_rows, limit, stride,
-    p_key, p_table, k_page, k_t, page_bits, start, end, valid, sign, ROOM: tl.constexpr,
+    p_key, p_table, k_page, k_t, page_bits, pages, start, end, valid, sign, ROOM: tl.constexpr,
     HOLD: tl.constexpr, D: tl.constexpr, CAUSAL: tl.constexpr, PAGED: tl.constexpr,
     BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
@@ -50,7 +50,7 @@ def _scan(
     m = valid[:, None] & (tokens < end[:, None])
     b_s = best_of_rows(
         b_first, b_limit, p_query, q_h, q_t, parts, heads, last, n_rows, limit, stride, p_key,
-        p_table, k_page, k_t, page_bits, tl.reshape(tokens, [start.shape[0] * ROOM]),
+        p_table, k_page, k_t, page_bits, pages, tl.reshape(tokens, [start.shape[0] * ROOM]),
         tl.reshape(m, [start.shape[0] * ROOM]), sign, HOLD, D, CAUSAL, PAGED, BLOCK_R, BLOCK_D,
     )  # fmt: skip
     return tl.max(tl.reshape(b_s, [start.shape[0], ROOM]), 1)
@@ -59,7 +59,7 @@ def _scan(
 @triton.jit
 def _descend(
     b_first, b_limit, p_query, q_h, q_t, parts, heads, last, n_rows, limit, stride,
-    p_key, p_table, k_page, k_t, page_bits, start, end, valid, sign, LEVELS: tl.constexpr,
+    p_key, p_table, k_page, k_t, page_bits, pages, start, end, valid, sign, LEVELS: tl.constexpr,
     CENTRE: tl.constexpr, HOLD: tl.constexpr, D: tl.constexpr, CAUSAL: tl.constexpr,
     PAGED: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
@@ -74,8 +74,8 @@ def _descend(
         m = tl.reshape(tl.join(valid, valid), [2 * start.shape[0]])
         b_s = best_of_rows(
             b_first, b_limit, p_query, q_h, q_t, parts, heads, last, n_rows, limit, stride, p_key,
-            p_table, k_page, k_t, page_bits, tokens, m, sign, HOLD, D, CAUSAL, PAGED, BLOCK_R,
-            BLOCK_D,
+            p_table, k_page, k_t, page_bits, pages, tokens, m, sign, HOLD, D, CAUSAL, PAGED,
+            BLOCK_R, BLOCK_D,
         )  # fmt: skip
         of_left, of_right = tl.split(tl.reshape(b_s, [start.shape[0], 2]))
         best = tl.maximum(best, tl.maximum(of_left, of_right))
@@ -89,7 +89,7 @@ def _descend(
 @triton.jit
 def _stage(
     query, key, p_table, i_list, batch, begin, stop, n_keys, b_parent, count, block, heads, group,
-    Tq, q_block, window, page_bits, sign, q_b, q_h, q_t, k_b, k_h, k_t, FIRST: tl.constexpr,
+    Tq, q_block, window, page_bits, pages, sign, q_b, q_h, q_t, k_b, k_h, k_t, FIRST: tl.constexpr,
     SIZE: tl.constexpr, SPLIT: tl.constexpr, STRIDE: tl.constexpr, KEEP: tl.constexpr,
     LEVELS: tl.constexpr, ROOM: tl.constexpr, CENTRE: tl.constexpr, CAUSAL: tl.constexpr,
     PAGED: tl.constexpr, HOLD: tl.constexpr, D: tl.constexpr, BLOCK_R: tl.constexpr,
@@ -140,14 +140,14 @@ def _stage(
                     if SCAN:
                         b_s = _scan(
                             b_q, b_limit, p_query, q_h, q_t, parts, together, last, n_rows, limit,
-                            STRIDE, p_key, p_table, k_b, k_t, page_bits, start, end, valid, sign,
-                            _room(SIZE), HOLD, D, CAUSAL, PAGED, BLOCK_R, BLOCK_D,
+                            STRIDE, p_key, p_table, k_b, k_t, page_bits, pages, start, end, valid,
+                            sign, _room(SIZE), HOLD, D, CAUSAL, PAGED, BLOCK_R, BLOCK_D,
                         )  # fmt: skip
                     else:
                         b_s = _descend(
                             b_q, b_limit, p_query, q_h, q_t, parts, together, last, n_rows, limit,
-                            STRIDE, p_key, p_table, k_b, k_t, page_bits, start, end, valid, sign,
-                            LEVELS, CENTRE, HOLD, D, CAUSAL, PAGED, BLOCK_R, BLOCK_D,
+                            STRIDE, p_key, p_table, k_b, k_t, page_bits, pages, start, end, valid,
+                            sign, LEVELS, CENTRE, HOLD, D, CAUSAL, PAGED, BLOCK_R, BLOCK_D,
                         )  # fmt: skip
                     b_s = tl.gather(ordered(b_s), o_i % BLOCK_C, 0)
                     here = is_new & (o_i // BLOCK_C == i)
@@ -164,7 +164,7 @@ def _stage(
 @triton.jit(do_not_specialize=SIZES)
 def hip_prune_select_kernel(
     query, key, table, lengths, indices, counts, H, Hq, Hkv, Tq, Tk, Mq, K, q_block, sink, window,
-    page_bits, sign, q_b, q_h, q_t, k_b, k_h, k_t, t_b,
+    page_bits, pages, sign, q_b, q_h, q_t, k_b, k_h, k_t, t_b,
     CHUNKS: tl.constexpr, KEEPS: tl.constexpr, STRIDES: tl.constexpr, LEVELS: tl.constexpr,
     STAGES: tl.constexpr, ROOM: tl.constexpr, CENTRE: tl.constexpr, CAUSAL: tl.constexpr,
     PAGED: tl.constexpr, HAS_LENGTHS: tl.constexpr, ROWS: tl.constexpr, HOLD: tl.constexpr,
@@ -177,7 +177,7 @@ def hip_prune_select_kernel(
     batch, i_list = (rest // others).to(tl.int64), rest % others * side + pid % side
     n_keys = Tk
     if HAS_LENGTHS:
-        n_keys = tl.load(lengths + batch)
+        n_keys = tl.minimum(tl.maximum(tl.load(lengths + batch), 0), Tk)
     _, _, limit = sampled_rows(block, q_block, 1, Tq, n_keys, window, CAUSAL)
     begin, stop = sink // CHUNKS[STAGES - 1] * CHUNKS[STAGES - 1], limit + 1
     o_i = tl.arange(0, ROOM)
@@ -185,8 +185,8 @@ def hip_prune_select_kernel(
     for stage in tl.static_range(STAGES):
         b_chunk, count = _stage(
             query, key, table + batch * t_b, i_list, batch, begin, stop, n_keys, b_chunk, count,
-            block, Hq // H, group, Tq, q_block, window, page_bits, sign, q_b, q_h, q_t, k_b, k_h,
-            k_t, stage == 0, CHUNKS[stage], CHUNKS[stage - (stage > 0)] // CHUNKS[stage],
+            block, Hq // H, group, Tq, q_block, window, page_bits, pages, sign, q_b, q_h, q_t, k_b,
+            k_h, k_t, stage == 0, CHUNKS[stage], CHUNKS[stage - (stage > 0)] // CHUNKS[stage],
             STRIDES[stage], KEEPS[stage], LEVELS[stage], ROOM, CENTRE, CAUSAL, PAGED, HOLD, D,
             ROWS[stage], BLOCK_N, BLOCK_D,
         )  # fmt: skip

@@ -27,7 +27,7 @@ MOST_NODES = 1024
 @triton.jit(do_not_specialize=[*SIZES, "kv_block", "key_stride", "q_stride", "keep"])
 def hip_select_kernel(
     query, key, table, lengths, indices, counts, H, Hq, Hkv, Tq, Tk, Mq, K, q_block, sink, window,
-    page_bits, sign, q_b, q_h, q_t, k_b, k_h, k_t, t_b, kv_block, key_stride, q_stride, keep,
+    page_bits, pages, sign, q_b, q_h, q_t, k_b, k_h, k_t, t_b, kv_block, key_stride, q_stride, keep,
     NODES: tl.constexpr, BRANCH: tl.constexpr, CENTRE: tl.constexpr, CAUSAL: tl.constexpr,
     SAMPLES: tl.constexpr, PAGED: tl.constexpr, HAS_LENGTHS: tl.constexpr, HOLD: tl.constexpr,
     D: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
@@ -47,7 +47,7 @@ def hip_select_kernel(
         p_key += batch * k_b
     n_keys = Tk
     if HAS_LENGTHS:
-        n_keys = tl.load(lengths + batch)
+        n_keys = tl.minimum(tl.maximum(tl.load(lengths + batch), 0), Tk)
     last, n_rows, limit = sampled_rows(block, q_block, q_stride, Tq, n_keys, window, CAUSAL)
     begin = sink // kv_block
     size = tl.maximum((limit + kv_block) // kv_block - begin, 0)
@@ -89,7 +89,7 @@ def hip_select_kernel(
             valid = tl.reshape(valid, [BLOCK_C * SAMPLES])
             b_s = best_of_rows(
                 b_first, b_limit, p_query, q_h, q_t, parts, heads, last, n_rows, limit, q_stride,
-                p_key, p_table, k_b, k_t, page_bits, tokens, valid, sign,
+                p_key, p_table, k_b, k_t, page_bits, pages, tokens, valid, sign,
                 HOLD, D, CAUSAL, PAGED, BLOCK_R, BLOCK_D,
             )  # fmt: skip
             b_s = ordered(tl.max(tl.reshape(b_s, [BLOCK_C, SAMPLES]), 1))

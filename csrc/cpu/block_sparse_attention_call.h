@@ -4,6 +4,7 @@
 #include <string>
 
 #include "../common/block_sparse_attention.h"
+#include "cache_contents.h"
 #include "key_groups.h"
 #include "threads.h"
 
@@ -108,20 +109,6 @@ inline void check_index(const BlockSparseAttentionParams& p) {
            " is negative or larger than the capacity of indices, ", p.K);
   SA_CHECK(bad_row < 0, "indices: row ", where(bad_row),
            " must be ascending, unique block ids in [0, ", blocks, ")");
-}
-
-// Reads what lies on the host before anything is computed from it.
-inline void check_cache_contents(const BlockSparseAttentionParams& p) {
-  for (int64_t b = 0; b < p.B; ++b) {
-    const int64_t n = p.kv_lengths == nullptr ? p.Tk : p.kv_lengths[b];
-    SA_CHECK(n >= 0 && n <= p.Tk, "kv_lengths: the value at [", b, "] is ", n,
-             ", expected 0 to the capacity, ", p.Tk);
-    if (p.block_table == nullptr) continue;
-    const int32_t* pages = p.block_table + b * p.block_table_stride;
-    for (int64_t i = 0; i << p.page_bits < n; ++i)
-      SA_CHECK(pages[i] >= 0 && pages[i] < p.pages, "block_table: the page at [", b, ", ", i,
-               "] is ", pages[i], " and in use, expected one in [0, ", p.pages, ")");
-  }
 }
 
 inline void check_cpu_call(const Tensor& query, const Tensor& key, const Tensor& value,

@@ -5,6 +5,7 @@
 #include <vector>
 
 #include "../common/hip_select.h"
+#include "cache_contents.h"
 #include "cpu_isa.h"
 #include "hip_score.h"
 #include "threads.h"
@@ -20,20 +21,6 @@ inline const HipScoreKernel& choose_hip_kernel(const HipParams& p) {
   if (isa == CpuIsa::avx2) return kHipScoreAvx2;
 #endif
   return kHipScorePortable;
-}
-
-// Reads what lies on the host before anything is computed from it.
-inline void check_hip_pages(const HipParams& p) {
-  for (int64_t b = 0; b < p.B; ++b) {
-    const int64_t n = p.kv_lengths == nullptr ? p.Tk : p.kv_lengths[b];
-    SA_CHECK(n >= 0 && n <= p.Tk, "kv_lengths: the value at [", b, "] is ", n,
-             ", expected 0 to the capacity, ", p.Tk);
-    if (p.block_table == nullptr) continue;
-    const int32_t* pages = p.block_table + b * p.block_table_stride;
-    for (int64_t i = 0; i << p.page_bits < n; ++i)
-      SA_CHECK(pages[i] >= 0 && pages[i] < p.pages, "block_table: the page at [", b, ", ", i,
-               "] is ", pages[i], " and in use, expected one in [0, ", p.pages, ")");
-  }
 }
 
 // Checks a call, fills in what both selections have, and returns query and key as they are read.
@@ -52,7 +39,7 @@ inline std::pair<Tensor, Tensor> hip_inputs(HipParams& p, const Tensor& query, c
   const Tensor q = last_dim_contiguous(query), k = last_dim_contiguous(key);
   set_hip_params(p, q, k, q_block, kv_block, sink, window, representative, causal, scale,
                  block_table, kv_lengths);
-  check_hip_pages(p);
+  check_cache_contents(p);
   return {q, k};
 }
 

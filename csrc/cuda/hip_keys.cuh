@@ -34,13 +34,14 @@ struct SampledRows {
   }
 };
 
-// The keys of one sequence and head.
+// The keys of one sequence and head. A wrong length or page is clamped: neither leads outside of the
+// keys or the cache.
 template <class T>
 struct KeyRows {
   const T* base;
   const int32_t* table;  // of the sequence, or null
   int64_t page_stride, token_stride;
-  int n, page_bits;
+  int n, page_bits, last_page;
 
   __device__ __forceinline__ KeyRows(const HipParams& p, int64_t batch, int64_t kv_head) {
     const bool paged = p.block_table != nullptr;
@@ -48,13 +49,14 @@ struct KeyRows {
     if (!paged) base += batch * p.key_stride[0];
     table = paged ? p.block_table + batch * p.block_table_stride : nullptr;
     page_stride = p.key_stride[0], token_stride = p.key_stride[2];
-    page_bits = static_cast<int>(p.page_bits);
-    n = p.kv_lengths == nullptr ? static_cast<int>(p.Tk) : p.kv_lengths[batch];
+    page_bits = static_cast<int>(p.page_bits), last_page = static_cast<int>(p.pages) - 1;
+    n = static_cast<int>(p.Tk);
+    if (p.kv_lengths != nullptr) n = min(max(p.kv_lengths[batch], 0), n);
   }
   __device__ __forceinline__ int64_t offset(int token) const {
     if (table == nullptr) return token * token_stride;
-    return table[token >> page_bits] * page_stride +
-           (token & (1 << page_bits) - 1) * token_stride;
+    const int page = min(max(table[token >> page_bits], 0), last_page);
+    return page * page_stride + (token & (1 << page_bits) - 1) * token_stride;
   }
 };
 

@@ -313,7 +313,7 @@ class Look:
         out, stats = api.attention(
             query, key, value, config, fallback=False, return_stats=True, **options
         )
-        self.fallback = dense_is_faster(config.name, stats.backend, query, key)
+        self.fallback = dense_is_faster(config.name, stats.backend, query, key.shape[2])
         layer = len(self.layers) if layer is None else layer
         error = (out.float() - dense.float()).norm() / dense.float().norm()
         found = {"density": stats.density, "error": error.item(), "recall": None, "pairs": None}

@@ -1,7 +1,8 @@
 """The methods, one file each. A module here that has `METHOD` is a method: nothing lists them.
 
 A method is a frozen dataclass with a class attribute `name`, fields that check themselves in
-`__post_init__`, and the functions of the `Method` protocol.
+`__post_init__`, and the functions of the `Method` protocol. Where a class attribute `takes_cache`
+is true, `selector` and `select` take `block_table` and `kv_lengths` too.
 """
 
 from __future__ import annotations

@@ -10,6 +10,7 @@ import torch
 from ..block_index import BlockIndex
 from ..ops import _checks as check
 from ..ops import hip_select as ops
+from ..ops._hip_kernels import n_tokens
 from ..ops.block_sparse_attention import op as attend
 from ..registry import Op
 from . import Selection
@@ -47,6 +48,7 @@ class HiP:
     share_kv_heads: bool = False
 
     name: ClassVar[str] = "hip"
+    takes_cache: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         ops.check_options(
@@ -60,12 +62,18 @@ class HiP:
         return None
 
     def selector(
-        self, query: torch.Tensor, key: torch.Tensor, causal: bool, scale: float | None
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        causal: bool,
+        scale: float | None,
+        block_table: torch.Tensor | None = None,
+        kv_lengths: torch.Tensor | None = None,
     ) -> tuple[Op, tuple[Any, ...]]:
         return ops.op, (
             query, key, self.budget, self.q_block, self.kv_block, self.q_stride, self.key_stride,
             self.sink, self.window, self.representative, self.branch, self.share_kv_heads, causal,
-            scale,
+            scale, block_table, kv_lengths,
         )  # fmt: skip
 
     def select(
@@ -76,8 +84,10 @@ class HiP:
         causal: bool = True,
         scale: float | None = None,
         backend: str | None = None,
+        block_table: torch.Tensor | None = None,
+        kv_lengths: torch.Tensor | None = None,
     ) -> Selection:
-        op, args = self.selector(query, key, causal, scale)
+        op, args = self.selector(query, key, causal, scale, block_table, kv_lengths)
         indices, counts = op(*args, backend=backend)
         index = BlockIndex(indices, counts, self.q_block, self.kv_block)
         return Selection(index, self.sink, self.window)
@@ -110,7 +120,7 @@ class HiPState:
         self.reset()
 
     def reset(self) -> None:
-        """Forgets the choice: for a new sequence."""
+        """Forgets the choice: for a new sequence, or one that was cut or reordered."""
         self.index: BlockIndex | None = None
         self.age = 0
         self._keys = 0
@@ -120,14 +130,25 @@ class HiPState:
         """Tokens that a step attends to besides the blocks and the sink."""
         return self.config.window + self.refresh - 1
 
-    def is_due(self, query: torch.Tensor, key: torch.Tensor) -> bool:
-        """Whether the next step has to search: a host decision from shapes and the age."""
+    def is_due(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        block_table: torch.Tensor | None = None,
+        kv_lengths: torch.Tensor | None = None,
+    ) -> bool:
+        """Whether the next step has to search: a host decision from shapes and the age.
+
+        With `kv_lengths`, whose values the host does not know, shapes do not tell how many keys
+        there are: the age decides, unless the cache has less room than before.
+        """
         if self.index is None:
             return True
         steps = query.shape[2]
         rows = (query.shape[0], -(-steps // self.config.q_block))
         fits = rows == (self.index.counts.shape[0], self.index.counts.shape[2])
-        grown = key.shape[2] - self._keys in (0, self.age + steps)  # 0: a cache of fixed size
+        room = n_tokens(key, block_table) - self._keys
+        grown = room == self.age + steps if kv_lengths is None else room >= 0
         return not (fits and grown and self.age + steps < self.refresh)
 
     def search(
@@ -137,16 +158,21 @@ class HiPState:
         *,
         scale: float | None = None,
         backend: str | None = None,
+        block_table: torch.Tensor | None = None,
+        kv_lengths: torch.Tensor | None = None,
     ) -> None:
         """Makes a new choice, in the memory of the old one where it has the same shape."""
-        chosen = self.config.select(query.detach(), key.detach(), scale=scale, backend=backend)
+        chosen = self.config.select(
+            query.detach(), key.detach(), scale=scale, backend=backend, block_table=block_table,
+            kv_lengths=kv_lengths,
+        )  # fmt: skip
         new, old = chosen.index, self.index
         if old is not None and old.indices.shape == new.indices.shape:
             old.indices.copy_(new.indices)
             old.counts.copy_(new.counts)
         else:
             self.index = new
-        self.age, self._keys = 0, key.shape[2]
+        self.age, self._keys = 0, n_tokens(key, block_table)
 
     def attend(
         self,
@@ -156,13 +182,15 @@ class HiPState:
         *,
         scale: float | None = None,
         backend: str | None = None,
+        block_table: torch.Tensor | None = None,
+        kv_lengths: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """(out, lse) over the choice in use, the sink and the widened window."""
         if self.index is None:
             raise RuntimeError("nothing has been chosen yet: call search() or attention() first")
         return attend(
             query, key, value, *self.index, True, self.config.sink, self.window, scale,
-            backend=backend,
+            block_table, kv_lengths, backend=backend,
         )  # fmt: skip
 
     def attention(
@@ -173,17 +201,22 @@ class HiPState:
         *,
         scale: float | None = None,
         backend: str | None = None,
+        block_table: torch.Tensor | None = None,
+        kv_lengths: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """One step: (out, lse) of the last queries [B, Hq, Tq, D] on key and value [B, Hkv, Tk, D].
 
         Causal. Searches when the choice is `refresh` tokens old, when there is none, and when the
-        shapes are not those of a next step.
+        shapes are not those of a next step. A cache of fixed size needs `kv_lengths` [B], how many
+        keys each sequence has, the new ones counted; with `block_table` it is one of pages, as in
+        `sparse_attn.attention`. Then the caller resets where a step does not follow the last one.
         """
-        if self.is_due(query, key):
-            self.search(query, key, scale=scale, backend=backend)
+        cache = {"block_table": block_table, "kv_lengths": kv_lengths}
+        if self.is_due(query, key, **cache):
+            self.search(query, key, scale=scale, backend=backend, **cache)
         else:
             self.age += query.shape[2]
-        return self.attend(query, key, value, scale=scale, backend=backend)
+        return self.attend(query, key, value, scale=scale, backend=backend, **cache)
 
 
 METHOD = HiP

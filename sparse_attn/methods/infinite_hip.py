@@ -41,22 +41,32 @@ class InfiniteHiP:
     merge_heads: str = "none"
 
     name: ClassVar[str] = "infinite_hip"
+    takes_cache: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         ops.check_options(
             self.chunks, self.keeps, self.q_strides, self.q_block, self.sink, self.window,
             self.representative, self.merge_heads,
         )  # fmt: skip
+        for name in ("chunks", "keeps", "q_strides"):  # a list has no hash
+            object.__setattr__(self, name, tuple(getattr(self, name)))
 
     def why_not(self, query: torch.Tensor, key: torch.Tensor, causal: bool) -> str | None:
         return None
 
     def selector(
-        self, query: torch.Tensor, key: torch.Tensor, causal: bool, scale: float | None
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        causal: bool,
+        scale: float | None,
+        block_table: torch.Tensor | None = None,
+        kv_lengths: torch.Tensor | None = None,
     ) -> tuple[Op, tuple[Any, ...]]:
         return ops.op, (
             query, key, list(self.chunks), list(self.keeps), list(self.q_strides), self.q_block,
             self.sink, self.window, self.representative, self.merge_heads, causal, scale,
+            block_table, kv_lengths,
         )  # fmt: skip
 
     def select(
@@ -67,8 +77,10 @@ class InfiniteHiP:
         causal: bool = True,
         scale: float | None = None,
         backend: str | None = None,
+        block_table: torch.Tensor | None = None,
+        kv_lengths: torch.Tensor | None = None,
     ) -> Selection:
-        op, args = self.selector(query, key, causal, scale)
+        op, args = self.selector(query, key, causal, scale, block_table, kv_lengths)
         indices, counts = op(*args, backend=backend)
         index = BlockIndex(indices, counts, self.q_block, self.chunks[-1])
         return Selection(index, self.sink, self.window)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from ..registry import Op
 from . import _checks as check
+from . import _hip as hip
 from .block_sparse_attention import fake_result
 from .block_sparse_attention import op as attend
 from .hip_select import OPTIONS
@@ -11,36 +12,40 @@ from .hip_select import op as select
 
 op = Op(
     "hip_attention",
-    f"(Tensor query, Tensor key, Tensor value, {OPTIONS}) -> (Tensor out, Tensor lse)",
+    f"(Tensor query, Tensor key, Tensor value, {OPTIONS}, {hip.PAGES}) -> (Tensor out, Tensor lse)",
 )
 
 
 @op.fake
 def _(query, key, value, budget=512, q_block=64, kv_block=2, q_stride=2, key_stride=1, sink=16,
       window=256, representative="centre", branch=4, share_kv_heads=False, causal=True,
-      scale=None):  # fmt: skip
+      scale=None, block_table=None, kv_lengths=None):  # fmt: skip
     return fake_result(query, value)
 
 
 @op.validate
 def _(query, key, value, *options):
-    check.query_key_value(query, key, value)
+    check.cache(query, key, value, *options[-2:])
     select.check(query, key, *options)
 
 
 def _run(backend, query, key, value, *options):
-    _, q_block, kv_block, _, _, sink, window, *_, causal, scale = options
+    _, q_block, kv_block, _, _, sink, window, *_, causal, scale, table, lengths = options
     indices, counts = select(query, key, *options, backend=backend)
     return attend(
         query, key, value, indices, counts, q_block, kv_block, causal, sink, window, scale,
-        backend=backend,
+        table, lengths, backend=backend,
     )  # fmt: skip
 
 
 def _parts_serve(backend):
     def when(query, key, value, *options):
         refused = select.reasons((query, key, *options))[backend]
-        return refused or attend.reasons((query, key, value))[backend] or True
+        return (
+            refused
+            or attend.reasons((query, key, value, *[None] * 8, options[-2]))[backend]
+            or True
+        )
 
     return when
 

@@ -7,6 +7,8 @@ from typing import NamedTuple
 
 import torch
 
+from .block_sparse_attention import check_cache, in_one_piece
+
 
 class Rows(NamedTuple):
     """The sampled queries of one query block, and how far each of them may look.
@@ -38,12 +40,11 @@ def sequences(
     key: torch.Tensor, batch: int, block_table: torch.Tensor | None, kv_lengths: torch.Tensor | None
 ) -> Iterator[torch.Tensor]:
     """The keys [Hkv, Tk_b, D] of each sequence, gathered from its pages where there are any."""
+    check_cache(key, block_table, kv_lengths)
+    if block_table is not None:
+        key = in_one_piece(key, block_table)
     for b in range(batch):
-        if block_table is None:
-            keys = key[b]
-        else:
-            keys = key[block_table[b].long()].transpose(0, 1).flatten(1, 2)
-        yield keys if kv_lengths is None else keys[:, : int(kv_lengths[b])]
+        yield key[b] if kv_lengths is None else key[b, :, : int(kv_lengths[b])]
 
 
 def scores(

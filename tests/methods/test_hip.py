@@ -3,7 +3,7 @@ import torch
 
 import sparse_attn
 from bench.inputs import gen, locality
-from sparse_attn import HiP
+from sparse_attn import HiP, InfiniteHiP
 from sparse_attn.crossover import dense_is_faster
 from sparse_attn.methods.hip import HiPState
 from sparse_attn.ops.block_sparse_attention import op as attend
@@ -183,12 +183,53 @@ def test_a_state_searches_again_when_it_must():
     assert step(1, 350) == 0, "keys were skipped"
     assert step(1, 351) == 1
     assert step(1, 100) == 0, "another sequence"
+    assert step(1, 100) == 0, "another sequence as long as the last"
     assert step(1, 101, batch=1) == 0, "another batch"
     assert step(4, 105, batch=1) == 0, "several tokens at a time"
     assert step(4, 109, batch=1) == 4
     assert step(4, 113, batch=1) == 0, "8 tokens are more than 5"
     state.reset()
     assert state.index is None and step(1, 300) == 0
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("page_size", [None, 16])
+@pytest.mark.parametrize("refresh", [1, 4])
+def test_a_cache_of_fixed_size_is_as_one_that_grows(backend, page_size, refresh):
+    """Sequences of lengths of their own, NaN and no pages where they end."""
+    query, key, value = tensors(B=2, Hq=4, Hkv=2, Tq=9, Tk=320)
+    config = HiP(budget=32, window=24, sink=4, share_kv_heads=True)
+    together, alone = HiPState(config, refresh), [HiPState(config, refresh) for _ in range(2)]
+    for i in range(9):
+        lengths, step = [290 + i, 200 + i], query[:, :, i : i + 1]
+        keys, table, n = hip.paged(key, page_size, lengths)
+        values = hip.paged(value, page_size, lengths)[0]
+        cache = {"block_table": table, "kv_lengths": n}
+        got = together.attention(step, keys, values, backend=backend, **cache)
+        assert together.age == i % refresh
+        for b, state in enumerate(alone):
+            own = (x[b : b + 1, :, : lengths[b]] for x in (key, value))
+            want = state.attention(step[b : b + 1], *own, backend=backend)
+            assert state.age == together.age
+            assert torch.equal(together.index.indices[b], state.index.indices[0])
+            for x, y in zip(got, want, strict=True):
+                torch.testing.assert_close(x[b : b + 1], y, rtol=1e-5, atol=1e-5)
+
+
+def test_with_lengths_the_age_decides_when_to_search():
+    query, key, value = tensors(Tq=1, Tk=400)
+    state = HiPState(HiP(budget=64, window=32), refresh=3)
+
+    def step(room, length):
+        lengths = None if length is None else torch.tensor([length], dtype=torch.int32)
+        state.attention(query, key[:, :, :room], value[:, :, :room], kv_lengths=lengths)
+        return state.age
+
+    assert [step(300, n) for n in (200, 201, 202, 203)] == [0, 1, 2, 0]
+    assert step(400, 204) == 1, "a larger cache"
+    assert step(300, 205) == 2 and step(300, 206) == 0
+    assert step(200, 100) == 0, "less room: blocks may be gone"
+    assert step(200, None) == 0, "without lengths as many keys are no next step"
 
 
 def test_a_state_keeps_its_memory():
@@ -226,6 +267,46 @@ def test_a_state_checks_its_interval(value):
         HiPState().attend(*tensors(Tq=1, Tk=9))
 
 
+# ---- caches ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("page_size", [None, 16])
+@pytest.mark.parametrize(
+    "config",
+    [
+        HiP(budget=32, q_block=16, window=16, sink=4),
+        InfiniteHiP((32, 8), (64, 32), (1, 1), 16, 4, 16, merge_heads="group"),
+    ],
+    ids=lambda x: x.name,
+)
+def test_keys_of_a_cache_are_as_those_in_one_piece(backend, page_size, config):
+    query, key, value = tensors(B=2, Hq=4, Hkv=2, Tq=40, Tk=304)
+    lengths = [297, 130]
+    keys, table, n = hip.paged(key, page_size, lengths)
+    values = hip.paged(value, page_size, lengths)[0]
+    cache = {"block_table": table, "kv_lengths": n, "backend": backend}
+    got = run(query, keys, values, config, **cache)
+    all_keys = run(query, keys, values, "dense", **cache)
+    assert not torch.allclose(got, all_keys, atol=1e-2)
+    for b, length in enumerate(lengths):
+        own = (x[b : b + 1, :, :length] for x in (key, value))
+        want = run(query[b : b + 1], *own, config, backend=backend)
+        torch.testing.assert_close(got[b : b + 1], want, rtol=1e-5, atol=1e-5)
+    by_default = sparse_attn.attention(query, keys, values, config, **cache)
+    if backend == "cpp":  # of the capacity, not the pages
+        torch.testing.assert_close(by_default, all_keys)
+    with pytest.raises(NotImplementedError, match="return_stats: no density is computed"):
+        run(query, keys, values, config, return_stats=True, **cache)
+
+
+def test_a_method_without_caches_names_those_that_have_them():
+    query, key, value = tensors(Tq=40, Tk=300)
+    lengths = torch.tensor([200], dtype=torch.int32)
+    with pytest.raises(NotImplementedError, match="methods 'dense', 'hip', 'infinite_hip'"):
+        sparse_attn.attention(query, key, value, "flex_prefill", kv_lengths=lengths)
+
+
 # ---- the config --------------------------------------------------------------------------------
 
 
@@ -251,17 +332,15 @@ def test_explain_names_the_backend():
 
 
 @pytest.mark.parametrize(
-    "n_queries, n_keys, dense",
-    [(4096, 4096, False), (4096, 4095, True), (128, 4096, False), (1, 65535, True),
-     (1, 65536, False), (127, 65536, False)],
+    "n_queries, n_keys, because",
+    [(4096, 4096, None), (4096, 4095, "4096 keys (4095 given)"), (128, 4096, None),
+     (127, 2**17, "128 queries (127 given)"), (1, 2**20, "128 queries (1 given)")],
 )  # fmt: skip
-def test_the_dense_path_is_taken_where_it_is_faster(monkeypatch, n_queries, n_keys, dense):
-    """Many queries and few have thresholds of their own."""
+def test_the_dense_path_is_taken_where_it_is_faster(monkeypatch, n_queries, n_keys, because):
+    """In decoding always: there the method has been measured, and lost, at every length."""
     monkeypatch.setattr("sparse_attn.cpu_isa.BEST", "avx512bf16")
-    query, key = torch.empty(1, 1, n_queries, 8), torch.empty(1, 1, n_keys, 8)
-    reason = dense_is_faster("hip", "cpp", query, key)
-    assert (reason is not None) == dense
-    assert reason is None or f"({n_keys} given)" in reason
+    reason = dense_is_faster("hip", "cpp", torch.empty(1, 1, n_queries, 8), n_keys)
+    assert (reason is None) if because is None else reason == f"dense is faster below {because}"
 
 
 def test_gradients_flow_through_the_blocks_chosen():

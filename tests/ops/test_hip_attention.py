@@ -29,6 +29,20 @@ def test_equals_select_then_attend(run):
 
 
 @pytest.mark.parametrize("run", RUNS, ids=str)
+@pytest.mark.parametrize("page_size", [None, 16])
+def test_reads_a_cache(run, page_size):
+    query, key, value = tensors(run, B=2, Tq=33, Tk=150)
+    key, table, lengths = hip.paged(key, page_size, [147, 60])
+    value = hip.paged(value, page_size, [147, 60])[0]
+    cache = {"block_table": table, "kv_lengths": lengths}
+    out, lse = call(op, run, query, key, value, *OPTIONS, **cache)
+    indices, counts = call(select, run, query, key, *OPTIONS, **cache)
+    want = call(attend, run, query, key, value, indices, counts, 32, 4, True, 5, 30, 0.2, **cache)
+    assert torch.equal(out, want[0]) and torch.equal(lse, want[1])
+    assert out.isfinite().all() and (counts[0] == 10).all()
+
+
+@pytest.mark.parametrize("run", RUNS, ids=str)
 def test_a_budget_for_all_is_dense_attention(run):
     query, key, value = tensors(run, Tq=70, Tk=150)
     out, lse = call(op, run, query, key, value, 1000, 16, window=20)
@@ -42,7 +56,11 @@ def test_a_budget_for_all_is_dense_attention(run):
 @pytest.mark.parametrize("overload", ["default", *(x for x in BACKENDS if x != "cuda")])
 def test_opcheck(overload):
     args = (*tensors(("cpp", None), Tq=50, Tk=90), *OPTIONS)
-    opcheck(getattr(torch.ops.sparse_attn.hip_attention, overload), args)
+    target = getattr(torch.ops.sparse_attn.hip_attention, overload)
+    opcheck(target, args)
+    key, table, lengths = hip.paged(args[1], 16, [61])
+    value = hip.paged(args[2], 16, [61])[0]
+    opcheck(target, (args[0], key, value, *OPTIONS, table, lengths))
 
 
 def test_no_silent_loss_of_gradient():

@@ -219,6 +219,24 @@ def test_pages(run, page_size):
         assert not got[b, ..., alone.shape[-1] :].any()
 
 
+@pytest.mark.parametrize("run", [r for r in KERNELS if r[0] != "cpp"], ids=str)
+@pytest.mark.parametrize("page_size", [None, 16])
+def test_a_wrong_cache_is_not_left(run, page_size):
+    """An undefined choice, but a legal one and no read outside: interpreter and executor tell."""
+    query, key = hip.smooth_keys(Shape(B=3, Tq=17, Tk=96), dtype=dtype_for(run))
+    pages, table, full = hip.paged(key, page_size, [96] * 3)
+    pages, wrong = torch.nan_to_num(pages), hip.GARBAGE
+    if table is not None:
+        table = wrong[torch.arange(table.numel()) % 3].view(table.shape)
+    options = STAGES | {"keeps": [64, 32, 16], "q_block": 16, "window": 10, "sink": 4}
+    for lengths in (None, full, wrong):
+        for change in ({}, {"causal": False}):
+            found = call(
+                op, run, query, pages, **options, **change, block_table=table, kv_lengths=lengths
+            )
+            hip.check_index(*found, 12)
+
+
 @pytest.mark.parametrize("run", KERNELS, ids=str)
 def test_every_argument_reaches_the_kernel(run):
     query, key = hip.smooth_keys(
@@ -307,6 +325,26 @@ def test_the_cpu_kernel_refuses_by_itself(change, message):
     query, key = random_inputs(Shape(Tq=100, Tk=100))[:2]
     with pytest.raises(RuntimeError, match=message):
         torch.ops.sparse_attn.hip_prune_select.cpp(query, key, **(STAGES | change))
+
+
+@pytest.mark.parametrize("backend", ["cpp", "reference"])
+@pytest.mark.parametrize(
+    "page, length, message",
+    [
+        (-1, 30, "block_table: .* in use"),
+        (3, 30, "block_table: .* in use"),
+        (2, -1, "kv_lengths: .*(-1|a value is not in)"),
+        (2, 49, "kv_lengths: .*(49|a value is not in)"),
+    ],
+)
+def test_no_page_is_read_that_is_not_there(backend, page, length, message):
+    query, key = torch.randn(1, 2, 4, 32), torch.randn(3, 1, 16, 32)
+    table = torch.tensor([[0, page, 7]], dtype=torch.int32)  # the last is not in use
+    lengths = torch.tensor([length], dtype=torch.int32)
+    with pytest.raises(RuntimeError, match=message):
+        op(query, key, **STAGES, block_table=table, kv_lengths=lengths, backend=backend)
+    table[0, 1], lengths[0] = 2, 32
+    op(query, key, **STAGES, block_table=table, kv_lengths=lengths, backend=backend)
 
 
 @pytest.mark.parametrize("overload", ["default", *BACKENDS])
