@@ -60,6 +60,16 @@ class SqueezedLayer(NamedTuple):
             self.coarse_log_counts, self.children, self.coarse_threshold, self.shared, self.scale,
         )  # fmt: skip
 
+    @property
+    def own_scale(self) -> float:
+        """`scale`, in numbers."""
+        return self.key.shape[3] ** -0.5 if self.scale is None else self.scale
+
+    def has_scale(self, scale: float | None) -> bool:
+        """Whether a call with this scale, None for 1 / sqrt(D), has the scale of the context."""
+        theirs = self.key.shape[3] ** -0.5 if scale is None else scale
+        return abs(theirs - self.own_scale) <= 1e-6 * abs(self.own_scale)
+
     def attention(
         self,
         query: torch.Tensor,

@@ -26,8 +26,8 @@ def _safetensors() -> Any:
     try:
         import safetensors
         import safetensors.torch
-    except ImportError as error:
-        raise ImportError(
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(
             "a context file needs safetensors: pip install 'sparse_attn[squeezed]'"
         ) from error
     return safetensors

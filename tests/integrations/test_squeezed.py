@@ -1,5 +1,6 @@
 """`model.generate` over a prepared context, against dense generation."""
 
+import sys
 from pathlib import Path
 
 import pytest
@@ -193,6 +194,9 @@ def test_command_line(tmp_path, capsys):
         (("run", "nowhere"), "nowhere: no such file"),
         (("build", "x", "--model", "nowhere"), "no config.json in nowhere"),
         (("build", "x", "--length", "300", "--sparsity", "1"), "sparsity: got 1.0"),
+        (("build", "x", "--length", "100"), "100 tokens, expected more than window, 100"),
+        (("build", "no/x"), "file: no folder .*no"),
+        (("run", "x", "--figure", "no/x.png"), "--figure: no folder .*no"),
     ],
 )
 def test_command_line_errors(tmp_path, monkeypatch, words, message):
@@ -200,3 +204,14 @@ def test_command_line_errors(tmp_path, monkeypatch, words, message):
     with pytest.raises(SystemExit, match=message):
         main(["squeeze", *words])
     assert not list(tmp_path.iterdir())
+
+
+def test_only_a_missing_module_asks_for_pip(tmp_path, monkeypatch):
+    """A broken import of our own is no missing package; a missing one is said before the work."""
+    words = ["squeeze", "run", str(tmp_path / "nowhere"), "--figure", str(tmp_path / "x.png")]
+    monkeypatch.delattr("sparse_attn.plot.plot_kept")
+    with pytest.raises(ImportError, match="plot_kept"):
+        main(words)
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    with pytest.raises(SystemExit, match="matplotlib.*pip install"):
+        main(words)
