@@ -8,6 +8,9 @@ model.generate(ids_and_question, past_key_values=cache)
 from __future__ import annotations
 
 import inspect
+import json
+import zlib
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,7 +19,9 @@ from transformers import AttentionInterface, AttentionMaskInterface, DynamicCach
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 from .. import api
+from ..ops import _checks as check
 from ..squeezed import SqueezedContext, SqueezedLayer
+from ..squeezed.context import Parameters
 from .transformers import refuse
 
 NAME = "sparse_attn_squeezed"  # the attention implementation that a SqueezedCache needs
@@ -121,7 +126,9 @@ class TailLayer(CacheLayerMixin):
         return self.context.key.shape[2] + self.length
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        return self.length + query_length, self.context.key.shape[2]
+        # the whole context is the offset: before anything is appended both lengths are equal
+        window = self.context.window_key.shape[2]
+        return self.length - window + query_length, self.context.key.shape[2] + window
 
     def get_max_length(self) -> int:
         return -1
@@ -166,14 +173,16 @@ class SqueezedCache(Cache):
     """A cache that begins with a prepared context, which every sequence of the batch shares.
 
     Positions go on behind the context. `generate` wants the ids of the context too, in front of
-    the input, and skips them. Sequences of a batch must be equally long: padding is refused.
+    the input, and skips them unread: `cache.check_ids(ids)` before it says whether they are the
+    context's. Sequences of a batch must be equally long: padding is refused.
 
     Args:
         context: prepared by the same model, on its device.
-        model: is set to the attention implementation that this cache needs, and checked.
+        model: is set to the attention implementation that this cache needs, and checked:
+            `check_model`.
 
     Raises:
-        ValueError: the context does not fit the model.
+        ValueError: the context does not fit the model, or another model prepared it.
     """
 
     def __init__(self, context: SqueezedContext, model: torch.nn.Module | None = None) -> None:
@@ -199,7 +208,10 @@ class SqueezedCache(Cache):
 
 
 def check_model(context: SqueezedContext, model: torch.nn.Module) -> None:
-    """Raises ValueError unless the context has the layers, heads and sizes of the model."""
+    """Raises ValueError unless the context fits the model, and this model has prepared it.
+
+    Compared are layers, heads and sizes, then the `fingerprint` where the context holds one.
+    """
     config, layer = model.config.get_text_config(), context.layers[0]
     heads = config.num_attention_heads
     wanted = {
@@ -216,6 +228,29 @@ def check_model(context: SqueezedContext, model: torch.nn.Module) -> None:
                 f"the context has {context_has} {name}, the model {model_has}: prepare the context "
                 "with this model"
             )
+    if context.fingerprint not in (None, fingerprint(model)):
+        raise ValueError(
+            f"the context was prepared by another model (named {context.parameters.model!r}): its "
+            "configuration or its weights differ from this one's; prepare the context with this "
+            "model"
+        )
+
+
+def fingerprint(model: torch.nn.Module) -> str:
+    """Of what keys depend on: the shape and rotation in its config, rows of its last matrix.
+
+    The same in float32 and bfloat16, on any device, and after saving and loading.
+    """
+    config = model.config.get_text_config()
+    names = ("model_type", "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads",
+             "num_key_value_heads", "rope_parameters")  # fmt: skip
+    told = json.dumps({n: getattr(config, n, None) for n in names}, sort_keys=True, default=str)
+    parts = [zlib.crc32(told.encode())]
+    matrices = [p for p in decoder(model).parameters() if p.dim() == 2 and not p.is_meta]
+    if matrices:
+        rows = matrices[-1][:256].detach().to(torch.bfloat16).cpu().contiguous()
+        parts.append(zlib.crc32(memoryview(rows.view(torch.uint8).flatten().numpy())))
+    return "-".join(f"{x:08x}" for x in parts)
 
 
 def register() -> None:
@@ -245,23 +280,25 @@ def forward(
     if attention_mask is not None:
         raise NotImplementedError(f"attention_mask: {NAME!r} takes no 4D mask")
     layer = tail.context
-    own = query.shape[3] ** -0.5 if layer.scale is None else layer.scale
-    if scaling is not None and abs(scaling - own) > 1e-6 * abs(own):
-        raise NotImplementedError(f"scaling: got {scaling}, the context was prepared with {own}")
+    if not layer.has_scale(scaling):
+        raise NotImplementedError(
+            f"scaling: got {scaling}, the context was prepared with {layer.own_scale}"
+        )
     out, _, tokens = layer.attention(query, key, value)
     tail.record(tokens, query.shape[2])
     return out.transpose(1, 2).contiguous(), None
 
 
 def no_mask(
-    batch_size: int, q_length: int, *args: Any, attention_mask: torch.Tensor | None = None,
-    local_size: int | None = None, **kwargs: Any,
+    batch_size: int, q_length: int, kv_length: int, *args: Any,
+    attention_mask: torch.Tensor | None = None, local_size: int | None = None, **kwargs: Any,
 ) -> None:  # fmt: skip
     """No mask is needed: the input is causal behind the context. Refuses what would need one."""
     if local_size is not None:
         raise NotImplementedError("a sliding window: Squeezed Attention attends to the whole text")
-    # padding comes with the input; a step of one token adds none, and is not read
-    if attention_mask is not None and q_length > 1 and not bool(attention_mask.all()):
+    # padding comes with the input, be it one token; a step of one token behind it is not read
+    is_input = q_length > 1 or kv_length == q_length
+    if attention_mask is not None and is_input and not bool(attention_mask.all()):
         raise NotImplementedError(
             "attention_mask: padding behind a prepared context is not served; give sequences of "
             "equal length, or one at a time"
@@ -287,19 +324,39 @@ def prepare(
         progress: show a bar.
         parameters: fields of `sparse_attn.squeezed.context.Parameters`; `model` is the name of
             the model's folder where none is given.
+
+    Raises:
+        ValueError, TypeError: an argument is not legal, said before the model runs.
+        NotImplementedError: the layers scale their scores differently, or not by `scale`.
     """
-    ids = ids.reshape(1, -1).to(model.device)
-    window = parameters.get("window", 100)
+    chosen = Parameters(**{"model": Path(model.config.name_or_path).name, **parameters})
+    check.integer("chunk", chunk)
+    if chunk < 1:
+        raise ValueError(f"chunk: got {chunk}, expected 1 or more")
+    window, ids = chosen.window, ids.reshape(1, -1).to(model.device)
+    if ids.shape[1] <= window:
+        raise ValueError(
+            f"ids: {ids.shape[1]} tokens, expected more than window, {window}: a context so short "
+            "needs no clusters"
+        )
     n_layers = model.config.get_text_config().num_hidden_layers
     queries: list[torch.Tensor | None] = [None] * n_layers
-    scales: set[float | None] = set()
+    scales: list[float] = []
 
     def attend(module, query, key, value, attention_mask, scaling=None, dropout=0.0, **kwargs):  # type: ignore[no-untyped-def]
         refuse(dropout=dropout or None, **kwargs)
         before, last = queries[module.layer_idx], query[:, :, -window:]
         last = last if before is None else torch.cat([before, last], 2)[:, :, -window:]
         queries[module.layer_idx] = last.clone()
-        scales.add(scaling)
+        scale = query.shape[3] ** -0.5 if scaling is None else scaling
+        for other in [x for x in (*scales[:1], chosen.scale) if x is not None]:
+            if abs(scale - other) > 1e-6 * abs(other):
+                raise NotImplementedError(
+                    f"scale: layer {module.layer_idx} multiplies its scores by {scale}, "
+                    f"{'an earlier layer' if scales else 'the argument'} by {other}: a context "
+                    "has one scale"
+                )
+        scales.append(scale)
         out = api.attention(query, key, value, "dense", scale=scaling)
         return out.transpose(1, 2).contiguous(), None
 
@@ -312,14 +369,13 @@ def prepare(
             decoder(model)(input_ids=part, use_cache=True, **{cache_argument(model): cache})
     finally:
         model.set_attn_implementation(before)
-    parameters.setdefault("model", Path(model.config.name_or_path).name)
-    (scale,) = scales
+        AttentionInterface.register(PREPARE, forward)  # lets go of the queries
     dim = cache.layers[0].keys.shape[3]
-    if scale is not None and abs(scale - dim**-0.5) > 1e-6 * dim**-0.5:
-        parameters = {"scale": scale, **parameters}
+    if abs(scales[0] - dim**-0.5) > 1e-6 * dim**-0.5:
+        chosen = replace(chosen, scale=scales[0])
     return SqueezedContext.build(
         [x.keys for x in cache.layers], [x.values for x in cache.layers], queries,
-        tokens=ids[0].cpu(), progress=progress, **parameters,
+        tokens=ids[0].cpu(), progress=progress, fingerprint=fingerprint(model), **vars(chosen),
     )  # fmt: skip
 
 

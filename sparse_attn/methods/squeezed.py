@@ -78,8 +78,7 @@ class Squeezed:
     def selector(
         self, query: torch.Tensor, key: torch.Tensor, causal: bool, scale: float | None
     ) -> tuple[Op, tuple[Any, ...]]:
-        *level, shared, own_scale = self.context.lookup
-        return lookup, (query, *level, shared, own_scale if scale is None else scale)
+        return lookup, (query, *self.context.lookup)
 
     def select(
         self,
@@ -90,6 +89,13 @@ class Squeezed:
         scale: float | None = None,
         backend: str | None = None,
     ) -> Selection:
+        if not self.context.has_scale(scale):
+            own = self.context.own_scale
+            given = "1 / sqrt(D)" if scale is None else scale
+            raise NotImplementedError(
+                f"method 'squeezed': the call's scale is {given}, its context was prepared with "
+                f"{own}, which its threshold belongs to: call it with scale={own}"
+            )
         op, args = self.selector(query, key, causal, scale)
         starts, sums, counts, _ = op(*args, backend=backend)
         layer = self.context

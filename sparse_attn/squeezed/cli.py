@@ -42,8 +42,9 @@ def _shared(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     try:
         {"build": build, "info": info, "run": ask}[args.squeeze](args)
-    except ImportError as error:
-        raise SystemExit(f"{error}: pip install 'sparse_attn[demo]'") from error
+    except ModuleNotFoundError as error:
+        hint = "" if "pip install" in str(error) else ": pip install 'sparse_attn[demo]'"
+        raise SystemExit(f"{error}{hint}") from error
     except (ValueError, FileNotFoundError) as error:
         raise SystemExit(str(error)) from error
 
@@ -60,6 +61,11 @@ def _load_model(folder: Path) -> tuple[Any, Any]:
     return model, AutoTokenizer.from_pretrained(folder) if has_tokenizer else None
 
 
+def _writable(name: str, file: Path) -> None:
+    if not file.absolute().parent.is_dir():
+        raise SystemExit(f"{name}: no folder {file.absolute().parent}")
+
+
 def _encode(tokenizer: Any, text: bytes) -> list[int]:
     return list(text) if tokenizer is None else tokenizer.encode(text.decode(errors="replace"))
 
@@ -73,15 +79,16 @@ def build(args: argparse.Namespace) -> None:
 
     from ..demo.text import corpus
     from ..integrations.squeezed import prepare
+    from .context import Parameters
 
+    names = ("window", "clusters", "coarse", "sparsity", "shared", "segment", "iterations")
+    options = {name: getattr(args, name) for name in names}
+    Parameters(**options)
+    _writable("file", args.file)
     model, tokenizer = _load_model(args.model)
     ids = _encode(tokenizer, corpus(args.text))[: args.length]
     start = time.perf_counter()
-    context = prepare(
-        model, torch.tensor(ids), window=args.window, clusters=args.clusters, coarse=args.coarse,
-        sparsity=args.sparsity, shared=args.shared, segment=args.segment,
-        iterations=args.iterations,
-    )  # fmt: skip
+    context = prepare(model, torch.tensor(ids), **options)
     context.save(args.file)
     seconds, size = time.perf_counter() - start, args.file.stat().st_size / 2**20
     print(f"{args.file}: {len(ids):,} tokens in {seconds:.1f} s, {size:.1f} MiB")
@@ -103,6 +110,12 @@ def info(args: argparse.Namespace) -> None:
 def ask(args: argparse.Namespace) -> None:
     import torch
 
+    if args.figure is not None:  # what is missing is said before the work, not after it
+        import matplotlib.figure  # noqa: F401
+
+        from ..plot import plot_kept
+
+        _writable("--figure", args.figure)
     from ..demo.text import corpus
     from ..integrations.squeezed import SqueezedCache, cache_argument
     from . import SqueezedContext
@@ -121,6 +134,7 @@ def ask(args: argparse.Namespace) -> None:
         raise SystemExit("--text: nothing follows the prepared part; give --ask")
     ids = torch.cat([context.tokens, torch.tensor(more)])[None]
     cache, seconds = SqueezedCache(context, model), {}
+    cache.check_ids(ids)
     for name, given in (("squeezed", cache), ("dense", None)):
         if name == "dense":
             model.set_attn_implementation("sdpa")
@@ -140,8 +154,6 @@ def ask(args: argparse.Namespace) -> None:
         decode = "-" if kept.decode is None else f"{kept.decode:.1%}"
         print(f"  layer {i}: input {prefill}, generated {decode}")
     if args.figure is not None:
-        from ..plot import plot_kept
-
         title = f"keys kept by the last token, of {context.length:,} ({nominal})"
         plot_kept([x.per_head for x in cache.kept()], title).savefig(args.figure, dpi=90)
         print(f"keys kept per layer and head: {args.figure}")

@@ -60,6 +60,16 @@ class SqueezedLayer(NamedTuple):
             self.coarse_log_counts, self.children, self.coarse_threshold, self.shared, self.scale,
         )  # fmt: skip
 
+    @property
+    def own_scale(self) -> float:
+        """`scale`, in numbers."""
+        return self.key.shape[3] ** -0.5 if self.scale is None else self.scale
+
+    def has_scale(self, scale: float | None) -> bool:
+        """Whether a call with this scale, None for 1 / sqrt(D), has the scale of the context."""
+        theirs = self.key.shape[3] ** -0.5 if scale is None else scale
+        return abs(theirs - self.own_scale) <= 1e-6 * abs(self.own_scale)
+
     def attention(
         self,
         query: torch.Tensor,
@@ -156,11 +166,13 @@ class SqueezedContext:
         layers: one `SqueezedLayer` per layer of the model.
         parameters: what it was prepared with.
         tokens: int64 [S], the ids of the context, None where it was built from tensors alone.
+        fingerprint: of the model that prepared it, None where it was built from tensors alone.
     """
 
     layers: tuple[SqueezedLayer, ...]
     parameters: Parameters
     tokens: torch.Tensor | None = None
+    fingerprint: str | None = None
 
     @classmethod
     def build(
@@ -171,6 +183,7 @@ class SqueezedContext:
         *,
         tokens: torch.Tensor | None = None,
         progress: bool = True,
+        fingerprint: str | None = None,
         **parameters: Any,
     ) -> SqueezedContext:
         """Clusters a context and calibrates its threshold (arXiv 2411.09688, sec. 3 and 4).
@@ -181,6 +194,7 @@ class SqueezedContext:
             queries: per layer [1, Hq, W, D], those of the last W = `window` tokens, rotated.
             tokens: int64 [S], the ids; kept for checks.
             progress: show a bar, where tqdm is installed.
+            fingerprint: of the model; kept for checks.
             parameters: the fields of `Parameters`.
 
         Raises:
@@ -190,7 +204,8 @@ class SqueezedContext:
 
         chosen = Parameters(**parameters)
         layers = build_layers(keys, values, queries, chosen, progress)
-        return cls(layers, chosen, tokens).with_sparsity(chosen.sparsity, chosen.coarse_sparsity)
+        context = cls(layers, chosen, tokens, fingerprint)
+        return context.with_sparsity(chosen.sparsity, chosen.coarse_sparsity)
 
     def with_sparsity(
         self, sparsity: float, coarse_sparsity: float | None = None
@@ -254,6 +269,7 @@ class SqueezedContext:
         }
         kv = sizes["key"] + sizes["value"]
         return {
+            "fingerprint": self.fingerprint,
             "layers": len(self.layers),
             "kv_heads": layer.key.shape[1],
             "query_heads": layer.scores.shape[0] if not layer.shared else None,

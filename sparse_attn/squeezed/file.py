@@ -19,15 +19,15 @@ if TYPE_CHECKING:
     from .context import SqueezedContext
 
 FORMAT = "sparse_attn squeezed context"
-VERSION = 1
+VERSION = 2
 
 
 def _safetensors() -> Any:
     try:
         import safetensors
         import safetensors.torch
-    except ImportError as error:
-        raise ImportError(
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(
             "a context file needs safetensors: pip install 'sparse_attn[squeezed]'"
         ) from error
     return safetensors
@@ -133,7 +133,7 @@ def load(path: Path) -> SqueezedContext:
         )
         check_layer(path, i, layer, header)
         layers.append(layer)
-    return SqueezedContext(tuple(layers), parameters, tensors.get("tokens"))
+    return SqueezedContext(tuple(layers), parameters, tensors.get("tokens"), header["fingerprint"])
 
 
 def check_layer(path: Path, i: int, layer: Any, header: dict[str, Any]) -> None:

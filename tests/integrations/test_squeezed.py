@@ -1,5 +1,6 @@
 """`model.generate` over a prepared context, against dense generation."""
 
+import sys
 from pathlib import Path
 
 import pytest
@@ -166,6 +167,57 @@ def test_what_does_not_fit_is_said(model):
         generate(half, text, sparse_attn.SqueezedCache(context, half))
 
 
+def test_the_model_is_the_one_that_prepared(model, tmp_path):
+    context = prepared(model, ids())
+    context.save(tmp_path / "x")
+    loaded = SqueezedContext.load(tmp_path / "x")
+    assert loaded.fingerprint == context.fingerprint is not None
+    integration.check_model(loaded, model)
+    rope = {"rope_type": "default", "rope_theta": 5e5}
+    turned = transformers.LlamaForCausalLM(config(rope_parameters=rope))
+    turned.load_state_dict(model.state_dict())
+    for other in (transformers.LlamaForCausalLM(config()), turned):
+        with pytest.raises(ValueError, match="prepared by another model"):
+            sparse_attn.SqueezedCache(loaded, other)
+
+
+def test_the_mask_of_one_token_behind_the_context_is_read(model):
+    text = ids(2, 1)
+    cache = sparse_attn.SqueezedCache(prepared(model, text), model)
+    padded = torch.ones_like(text)
+    padded[1, :4] = 0
+    with pytest.raises(NotImplementedError, match="padding behind a prepared context"):
+        model.generate(text, attention_mask=padded, max_new_tokens=2,
+                       **{integration.cache_argument(model): cache})  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"window": 150}, "ids: 150 tokens, expected more than window, 150"),
+        ({"sparsity": 1.0}, "sparsity: got 1.0"),
+        ({"chunk": 0}, "chunk: got 0"),
+        ({"scale": 0.5}, "layer 0 multiplies its scores by 0.25, the argument by 0.5"),
+        ({}, "layer 1 multiplies its scores by 0.3, an earlier layer by 0.25"),
+    ],
+    ids=str,
+)
+def test_prepare_checks_before_it_computes(model, options, message):
+    if not options:
+        model.model.layers[1].self_attn.scaling = 0.3
+    elif "scale" not in options:
+        model.model.forward = None  # must not be called
+    with pytest.raises((ValueError, NotImplementedError), match=message):
+        prepared(model, ids(), **options)
+    assert model.config._attn_implementation == "sdpa"
+
+
+def test_prepare_holds_on_to_nothing(model):
+    prepared(model, ids())
+    known = transformers.modeling_utils.ALL_ATTENTION_FUNCTIONS
+    assert known[integration.PREPARE] is integration.forward
+
+
 def command(capsys, *words):
     main(["squeeze", *map(str, words)])
     return capsys.readouterr().out
@@ -193,6 +245,9 @@ def test_command_line(tmp_path, capsys):
         (("run", "nowhere"), "nowhere: no such file"),
         (("build", "x", "--model", "nowhere"), "no config.json in nowhere"),
         (("build", "x", "--length", "300", "--sparsity", "1"), "sparsity: got 1.0"),
+        (("build", "x", "--length", "100"), "100 tokens, expected more than window, 100"),
+        (("build", "no/x"), "file: no folder .*no"),
+        (("run", "x", "--figure", "no/x.png"), "--figure: no folder .*no"),
     ],
 )
 def test_command_line_errors(tmp_path, monkeypatch, words, message):
@@ -200,3 +255,14 @@ def test_command_line_errors(tmp_path, monkeypatch, words, message):
     with pytest.raises(SystemExit, match=message):
         main(["squeeze", *words])
     assert not list(tmp_path.iterdir())
+
+
+def test_only_a_missing_module_asks_for_pip(tmp_path, monkeypatch):
+    """A broken import of our own is no missing package; a missing one is said before the work."""
+    words = ["squeeze", "run", str(tmp_path / "nowhere"), "--figure", str(tmp_path / "x.png")]
+    monkeypatch.delattr("sparse_attn.plot.plot_kept")
+    with pytest.raises(ImportError, match="plot_kept"):
+        main(words)
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    with pytest.raises(SystemExit, match="matplotlib.*pip install"):
+        main(words)

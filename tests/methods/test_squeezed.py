@@ -86,6 +86,27 @@ def test_what_it_needs_is_said():
         Squeezed(context)
 
 
+def test_the_scale_of_the_call_is_the_contexts():
+    """One scale for the choice and for the attention: another than the context's is refused."""
+    context, query, key, value = prepared(sparsity=0.8, scale=0.5)
+    layer = context.layers[0]
+    run = lambda m, **o: sparse_attn.attention(query, key, value, m, **o)  # noqa: E731
+    want, *_ = layer.attention(query, key[:, :, S - 20 :], value[:, :, S - 20 :])
+    torch.testing.assert_close(run(Squeezed(layer), scale=0.5), want, rtol=1e-5, atol=1e-5)
+    for scale in (None, 0.25):
+        with pytest.raises(NotImplementedError, match="prepared with 0.5.*call it with scale=0.5"):
+            run(Squeezed(layer), scale=scale)
+    with pytest.raises(NotImplementedError, match="scale=0.5"):
+        sparse_attn.select(query, key, Squeezed(layer))
+    everything, *_ = prepared(sparsity=0.0, scale=0.5)
+    got = run(Squeezed(everything.layers[0]), scale=0.5)
+    assert got.isfinite().all() and not torch.equal(got, run("dense"))
+    default = Squeezed(prepared()[0].layers[0])
+    with pytest.raises(NotImplementedError, match="the call's scale is 0.5"):
+        run(default, scale=0.5)
+    run(default, scale=32**-0.5)
+
+
 def test_config_is_frozen():
     with pytest.raises(AttributeError):
         Squeezed().context = 1
