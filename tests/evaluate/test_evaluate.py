@@ -16,6 +16,7 @@ transformers = pytest.importorskip("transformers")
 for module in ("tqdm", "matplotlib", "safetensors"):
     pytest.importorskip(module)
 from sparse_attn.evaluate.measure import Evaluation, Look  # noqa: E402
+from sparse_attn.evaluate.report import methods  # noqa: E402
 from sparse_attn.evaluate.specs import parse  # noqa: E402
 from sparse_attn.probe import Probe, register_probe  # noqa: E402
 
@@ -89,7 +90,14 @@ def test_results(results):
         assert "dense is faster below" in cells[SMALL]["fallback"]
 
 
-def test_a_stopped_run_goes_on(tmp_path, monkeypatch):
+@pytest.fixture
+def no_report(monkeypatch):
+    """Saves its pictures where the report is not what is tested."""
+    monkeypatch.setattr("sparse_attn.evaluate.measure.write_report", lambda *args: "no report")
+    monkeypatch.setattr(Look, "draw", lambda *args: [])
+
+
+def test_a_stopped_run_goes_on(tmp_path, monkeypatch, no_report):
     """Each piece is measured once, whatever stops the run, and a new method only adds its own."""
     prepare(tmp_path)
     done = []
@@ -127,12 +135,17 @@ def write_settings(path, **found):
     return path
 
 
-def test_results_of_other_settings_are_not_taken(tmp_path, monkeypatch):
+def test_results_of_other_settings_are_not_taken(tmp_path, monkeypatch, no_report):
     """A file of the same name with another method, or other layers, is another method."""
     prepare(tmp_path)
     path = write_settings(tmp_path / "m.json", layers={"1": {"gamma": 0.5, "min_budget": 32}})
-    found = evaluate(tmp_path, "--lengths", 300, "--methods", path)
-    page = (tmp_path / "out" / "report.html").read_text()
+    cell = {"bits": 1.0, "needles": {"0.000": 1.0}, "attention": 1.0, "prefill": 1.0, "layers": []}
+    with monkeypatch.context() as patch:  # what is measured does not matter
+        patch.setattr(Evaluation, "tasks", lambda self, *at: self.cell(*at).update(cell))
+        patch.setattr(Evaluation, "look", lambda *args: None)
+        patch.setattr(Evaluation, "time", lambda *args: None)
+        found = evaluate(tmp_path, "--lengths", 300, "--methods", path)
+    page = methods(found)
     assert "layer 1: FlexPrefill(gamma=0.5" in page and found["settings"]["machine"] in page
     assert "gamma=0.5" in found["methods"]["m.json"]["layers"]["1"]
     for other in ({"method": "dense"}, {"layers": {"1": {"gamma": 0.6, "min_budget": 32}}}):
@@ -277,7 +290,7 @@ def test_a_method_that_refuses_is_named(tmp_path, monkeypatch):
     assert [row[0] for row in Page(page).rows[1:3]] == ["sdpa", "dense"]
 
 
-def test_a_model_with_a_tokenizer(tmp_path):
+def test_a_model_with_a_tokenizer(tmp_path, no_report):
     tokenizers = pytest.importorskip("tokenizers")
     prepare(tmp_path)
     words = tokenizers.Tokenizer(tokenizers.models.BPE())
