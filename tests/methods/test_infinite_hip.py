@@ -24,12 +24,13 @@ def test_room_for_all_is_dense_attention(backend, n_queries, n_keys, merge):
     torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
 
 
-# what stages of 64, 32 and 8 tokens kept on inputs of this kind with heads apart and, as published,
-# merged: methods' notes, budget 1024
-PUBLISHED = {4: (0.94, 0.85), 16: (0.99, 0.96), 64: (1.0, 0.93)}
+# of the attention mass, how much less than the best choice of as many blocks is found with heads
+# apart and merged. 4 is less than the step at which the first stage's 64 tokens are judged: much is
+# missed, also of what the published search kept on inputs of this kind, 0.94 and 0.85
+MISSED = {4: (0.18, 0.21), 16: (0.01, 0.04), 64: (0.01, 0.04)}
 
 
-@pytest.mark.parametrize("length", PUBLISHED)
+@pytest.mark.parametrize("length", MISSED)
 def test_recall_on_keys_that_are_alike(length):
     """Near the best choice of blocks where neighbours are alike over more than a chunk's step."""
     found = {"none": 0.0, "all": 0.0}
@@ -41,10 +42,9 @@ def test_recall_on_keys_that_are_alike(length):
         for merge in found:
             index = InfiniteHiP(**SMALL, merge_heads=merge).select(query, key).index
             found[merge] += kept(near, far, index) / 4
-    apart, merged = PUBLISHED[length]
-    if length > 4:  # at 4 the first stage's 64 tokens are judged by keys further apart than that
-        assert found["none"] >= min(apart, possible - 0.01), (found, possible)
-        assert found["all"] >= merged - 0.01 or found["all"] > 0.9
+    apart, merged = MISSED[length]
+    assert found["none"] >= possible - apart, (found, possible)
+    assert found["all"] >= possible - merged, (found, possible)
     assert found["all"] <= found["none"] <= possible
 
 
@@ -70,6 +70,12 @@ def test_lists_are_legal_and_as_long_as_the_budget():
 def test_config_checks_itself(change, expected):
     with pytest.raises(ValueError, match=expected):
         InfiniteHiP(**change)
+
+
+def test_lists_become_tuples():
+    config = InfiniteHiP([64, 8], [512, 128], [2, 1])
+    assert config == InfiniteHiP((64, 8), (512, 128), (2, 1))
+    assert len({config, InfiniteHiP((64, 8), (512, 128), (2, 1))}) == 1
 
 
 def test_config_is_frozen():

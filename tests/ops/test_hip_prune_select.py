@@ -223,13 +223,13 @@ def test_pages(run, page_size):
 @pytest.mark.parametrize("page_size", [None, 16])
 def test_a_wrong_cache_is_not_left(run, page_size):
     """An undefined choice, but a legal one and no read outside: interpreter and executor tell."""
-    query, key = hip.smooth_keys(Shape(B=3, Tq=17, Tk=96), dtype=dtype_for(run))
+    query, key = hip.smooth_keys(Shape(B=3, Tq=5, Tk=96), dtype=dtype_for(run))
     pages, table, full = hip.paged(key, page_size, [96] * 3)
     pages, wrong = torch.nan_to_num(pages), hip.GARBAGE
     if table is not None:
         table = wrong[torch.arange(table.numel()) % 3].view(table.shape)
     options = STAGES | {"keeps": [64, 32, 16], "q_block": 16, "window": 10, "sink": 4}
-    for lengths in (None, full, wrong):
+    for lengths in (wrong,) if table is None else (full, wrong):
         for change in ({}, {"causal": False}):
             found = call(
                 op, run, query, pages, **options, **change, block_table=table, kv_lengths=lengths
@@ -239,9 +239,8 @@ def test_a_wrong_cache_is_not_left(run, page_size):
 
 @pytest.mark.parametrize("run", KERNELS, ids=str)
 def test_every_argument_reaches_the_kernel(run):
-    query, key = hip.smooth_keys(
-        Shape(Hq=4, Hkv=2, Tq=64, Tk=brief(run, 900, 400)), dtype=dtype_for(run)
-    )
+    shape = Shape(Hq=4, Hkv=2, Tq=64, Tk=brief(run, 900, 400))
+    query, key = hip.whole_numbers(shape, dtype_for(run))
     base = STAGES | {"keeps": [256, 96, 32], "q_block": 32, "sink": 8, "window": 24}
     seen = []
     for change in ({}, {"chunks": [32, 16, 4]}, {"keeps": [256, 64, 40]}, {"q_block": 16},
@@ -249,7 +248,7 @@ def test_every_argument_reaches_the_kernel(run):
                    {"representative": "first"}, {"merge_heads": "group"}, {"merge_heads": "all"},
                    {"causal": False}, {"scale": -1.0}):  # fmt: skip
         got, want = (mask_of(query, key, r, **(base | change)) for r in (run, RUNS[0]))
-        assert (got != want).float().mean() < 0.01
+        assert torch.equal(got, want)
         seen.append(tuple(got.float().mean((0, 2)).flatten().tolist()))
     assert len(set(seen)) == len(seen)
 
