@@ -12,6 +12,8 @@ from sparse_attn.ops.squeezed_lookup import op
 from sparse_attn.reference.squeezed_attend import token_mask
 from sparse_attn.reference.squeezed_lookup import cluster_scores
 from sparse_attn.squeezed import SqueezedContext
+from sparse_attn.squeezed import file as files
+from sparse_attn.squeezed import kmeans as module
 from sparse_attn.squeezed.calibrate import threshold_of, weighted_quantile
 from sparse_attn.squeezed.kmeans import kmeans, segmented, split_giants, sums_by_label
 from tests.squeezed_cases import FLAT, HIERARCHICAL, recorded
@@ -69,6 +71,24 @@ def test_the_objective_is_that_of_scikit_learn():
     for seed in range(3):
         labels = kmeans(x, 75, 20, torch.Generator().manual_seed(seed))
         assert objective(x, labels, 75).item() < 1.02 * 196.8015
+
+
+def test_the_start_holds_few_scores_at_once(monkeypatch):
+    """Distances are computed by parts of the rows, and are the same."""
+    x, centres = torch.randn(2, 300, 16), torch.randn(2, 10, 16)
+    half, sizes, whole = x.square().sum(-1) / 2, [], torch.baddbmm
+    want = torch.cdist(x.double(), centres.double()).square().amin(-1) / 2
+
+    def watched(*args, **options):
+        out = whole(*args, **options)
+        sizes.append(out.numel())
+        return out
+
+    monkeypatch.setattr(torch, "baddbmm", watched)
+    monkeypatch.setattr(module, "SCORES", 1000)
+    got = module.distances(x, half, centres)
+    assert len(sizes) == 6 and max(sizes) <= 1000
+    torch.testing.assert_close(got.double(), want, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("case", ["copies", "zeros", "one", "more clusters than keys"])
@@ -356,6 +376,56 @@ def test_a_damaged_file_says_so(tmp_path, what):
     build(*tensors()).save(path)
     spoil(path, what)
     with pytest.raises(ValueError, match=f"{path.name}: .*damaged"):
+        SqueezedContext.load(path)
+
+
+def rewrite(path, change, resum=True):
+    """The file with another header, its checksum right or left as it was."""
+    from safetensors import safe_open
+    from safetensors.torch import load_file, save_file
+
+    with safe_open(path, "pt") as file:
+        header = json.loads(file.metadata()["sparse_attn"])
+    tensors = load_file(path)
+    change(header, tensors)
+    if resum:
+        header["header_crc32"] = files._header_sum(header)
+    save_file(tensors, path, {"sparse_attn": json.dumps(header)})
+
+
+def as_double(header, tensors):
+    tensors["layers.1.log_counts"] = tensors["layers.1.log_counts"].double()
+    header["crc32"]["layers.1.log_counts"] = files._checksum(tensors["layers.1.log_counts"])
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (lambda h, t: h.pop("crc32"), "damaged.*KeyError: 'crc32'"),
+        (lambda h, t: h.pop("fingerprint"), "damaged.*KeyError: 'fingerprint'"),
+        (lambda h, t: h.update(parameters=3), "damaged.*TypeError"),
+        (lambda h, t: h.update(clusters_per_layer=[34]), "damaged.*IndexError"),
+        (lambda h, t: h["parameters"].update(window="a"), "damaged, its parameters.*window"),
+        (lambda h, t: h.update(threshold=float("nan")), "damaged, threshold is nan"),
+        (lambda h, t: h.update(threshold=None), "damaged.*TypeError"),
+        (as_double, "layer 1: log_counts is torch.float64, expected torch.float32"),
+    ],
+)
+def test_a_bad_header_says_so(tmp_path, change, message):
+    path = tmp_path / "context.safetensors"
+    build(*tensors()).save(path)
+    rewrite(path, change)
+    with pytest.raises(ValueError, match=f"{path.name}: .*{message}"):
+        SqueezedContext.load(path)
+
+
+def test_the_header_has_a_checksum(tmp_path):
+    path = tmp_path / "context.safetensors"
+    build(*tensors()).save(path)
+    rewrite(path, lambda h, t: None, resum=False)
+    SqueezedContext.load(path)
+    rewrite(path, lambda h, t: h.update(threshold=h["threshold"] / 2), resum=False)
+    with pytest.raises(ValueError, match="damaged, the checksum of its header"):
         SqueezedContext.load(path)
 
 
