@@ -8,13 +8,13 @@ from typing import NamedTuple
 
 import torch
 
+from sparse_attn.evaluate.memory import MEASURABLE, forget_peak, resident
 from sparse_attn.ops.squeezed_lookup import op as lookup
 from sparse_attn.reference.squeezed_lookup import cluster_scores
 from sparse_attn.squeezed import SqueezedContext, SqueezedLayer
 from sparse_attn.squeezed.calibrate import weighted_quantile
 
 from .inputs import gen
-from .memory import MEASURABLE, forget_peak, resident
 
 HEADS, DIM, WINDOW, LATER = 8, 128, 100, 16
 KEPT = 0.10

@@ -1,8 +1,5 @@
 """The offline stage: clusters, thresholds, files."""
 
-import json
-import struct
-
 import numpy as np
 import pytest
 import torch
@@ -12,11 +9,10 @@ from sparse_attn.ops.squeezed_lookup import op
 from sparse_attn.reference.squeezed_attend import token_mask
 from sparse_attn.reference.squeezed_lookup import cluster_scores
 from sparse_attn.squeezed import SqueezedContext
+from sparse_attn.squeezed import kmeans as module
 from sparse_attn.squeezed.calibrate import threshold_of, weighted_quantile
 from sparse_attn.squeezed.kmeans import kmeans, segmented, split_giants, sums_by_label
 from tests.squeezed_cases import FLAT, HIERARCHICAL, recorded
-
-pytest.importorskip("safetensors")
 
 
 def topics(heads, n, dim=32, count=12, seed=0):
@@ -69,6 +65,24 @@ def test_the_objective_is_that_of_scikit_learn():
     for seed in range(3):
         labels = kmeans(x, 75, 20, torch.Generator().manual_seed(seed))
         assert objective(x, labels, 75).item() < 1.02 * 196.8015
+
+
+def test_the_start_holds_few_scores_at_once(monkeypatch):
+    """Distances are computed by parts of the rows, and are the same."""
+    x, centres = torch.randn(2, 300, 16), torch.randn(2, 10, 16)
+    half, sizes, whole = x.square().sum(-1) / 2, [], torch.baddbmm
+    want = torch.cdist(x.double(), centres.double()).square().amin(-1) / 2
+
+    def watched(*args, **options):
+        out = whole(*args, **options)
+        sizes.append(out.numel())
+        return out
+
+    monkeypatch.setattr(torch, "baddbmm", watched)
+    monkeypatch.setattr(module, "SCORES", 1000)
+    got = module.distances(x, half, centres)
+    assert len(sizes) == 6 and max(sizes) <= 1000
+    torch.testing.assert_close(got.double(), want, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("case", ["copies", "zeros", "one", "more clusters than keys"])
@@ -310,86 +324,6 @@ def test_bad_parameters(options, message):
 def test_bad_tensors(change, message):
     with pytest.raises((ValueError, TypeError), match=message):
         build(*change(*tensors()))
-
-
-# ---- files -------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("options", [{}, {"coarse": 0.01, "shared": True}], ids=str)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_a_file_holds_all_of_it(tmp_path, options, dtype):
-    context = build(*tensors(dtype=dtype), tokens=torch.arange(700), model="small", **options)
-    path = tmp_path / "context.safetensors"
-    context.save(path)
-    assert [x.name for x in tmp_path.iterdir()] == [path.name]
-    loaded = SqueezedContext.load(path)
-    assert loaded.parameters == context.parameters
-    assert torch.equal(loaded.tokens, context.tokens)
-    for a, b in zip(loaded.layers, context.layers, strict=True):
-        for x, y in zip(a, b, strict=True):
-            assert torch.equal(x, y) if isinstance(x, torch.Tensor) else x == y
-    raw = path.read_bytes()
-    (size,) = struct.unpack("<Q", raw[:8])
-    header = json.loads(json.loads(raw[8 : 8 + size])["__metadata__"]["sparse_attn"])
-    assert header["parameters"]["model"] == "small" and header["length"] == 700
-    assert header["dtype"] == str(dtype).removeprefix("torch.")
-
-
-def spoil(path, what):
-    raw = bytearray(path.read_bytes())
-    if what == "cut":
-        raw = raw[:-100]
-    elif what == "a bit":
-        raw[-50] ^= 4
-    elif what == "empty":
-        raw = bytearray()
-    elif what == "text":
-        raw = bytearray(b"hello, this is no such file")
-    elif what == "header":
-        raw[200:210] = b"\xff" * 10
-    path.write_bytes(raw)
-
-
-@pytest.mark.parametrize("what", ["cut", "a bit", "empty", "text", "header"])
-def test_a_damaged_file_says_so(tmp_path, what):
-    path = tmp_path / "context.safetensors"
-    build(*tensors()).save(path)
-    spoil(path, what)
-    with pytest.raises(ValueError, match=f"{path.name}: .*damaged"):
-        SqueezedContext.load(path)
-
-
-def test_other_files_are_refused(tmp_path):
-    from safetensors.torch import save_file
-
-    path = tmp_path / "x.safetensors"
-    save_file({"a": torch.ones(3)}, path)
-    with pytest.raises(ValueError, match="not a file of SqueezedContext.save"):
-        SqueezedContext.load(path)
-    save_file({"a": torch.ones(3)}, path, {"sparse_attn": '{"format": "x", "version": 7}'})
-    with pytest.raises(ValueError, match="format 'x' version 7, this sparse_attn reads"):
-        SqueezedContext.load(path)
-    with pytest.raises(FileNotFoundError, match="nowhere"):
-        SqueezedContext.load(tmp_path / "nowhere")
-
-
-def test_a_failed_save_leaves_the_old_file(tmp_path, monkeypatch):
-    import safetensors.torch
-
-    path = tmp_path / "context.safetensors"
-    context = build(*tensors())
-    context.save(path)
-    before = path.read_bytes()
-
-    def fail(tensors, name, metadata):
-        with open(name, "wb") as file:
-            file.write(b"half")
-        raise OSError("no space left")
-
-    monkeypatch.setattr(safetensors.torch, "save_file", fail)
-    with pytest.raises(OSError, match="no space left"):
-        context.with_sparsity(0.5).save(path)
-    assert path.read_bytes() == before and len(list(tmp_path.iterdir())) == 1
 
 
 def test_kept_tokens_of_a_layer_are_whole_clusters():

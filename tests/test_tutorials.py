@@ -9,6 +9,12 @@ ROOT = Path(__file__).parent.parent
 PAGES = sorted((ROOT / "docs" / "tutorials").glob("*.md"))
 
 
+def test_all_are_here():
+    assert [page.stem for page in PAGES] == [
+        "choose_a_method", "fixed_context", "speed_up_a_model", "write_a_selector",
+    ]  # fmt: skip
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
 def test_its_code_runs(page, monkeypatch, tmp_path):
     pytest.importorskip("transformers")

@@ -150,7 +150,7 @@ def squeezed_attend_kernel(
             o_n = tl.load(p_list + o_n, mask=m_n, other=0)
             b_acc, b_m, b_l = _attend(
                 b_q, b_acc, b_m, b_l, p_key, p_value, o_n, m_n, m_n[None, :], k_t, v_t, scale,
-                True, D, DV, BLOCK_D, BLOCK_DV,
+                p_key, 0, 0, 0, True, D, DV, BLOCK_D, BLOCK_DV, 0,
             )  # fmt: skip
         p_key = tail_key + i_batch * tk_b + i_kv * tk_h
         p_value = tail_value + i_batch * tv_b + i_kv * tv_h
@@ -159,7 +159,7 @@ def squeezed_attend_kernel(
             b_acc, b_m, b_l = _attend(
                 b_q, b_acc, b_m, b_l, p_key, p_value, o_n, o_n < tail,
                 o_n[None, :] <= o_position[:, None], tk_t, tv_t, scale,
-                True, D, DV, BLOCK_D, BLOCK_DV,
+                p_key, 0, 0, 0, True, D, DV, BLOCK_D, BLOCK_DV, 0,
             )  # fmt: skip
 
         b_acc = b_acc / tl.where(b_l == 0.0, 1.0, b_l)[:, None]

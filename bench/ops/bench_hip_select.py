@@ -6,10 +6,10 @@ import math
 
 import torch
 
+from sparse_attn.evaluate.memory import MEASURABLE, forget_peak, resident
 from sparse_attn.ops.hip_select import op
 
 from ..harness import Report, time_in_turn
-from ..memory import MEASURABLE, forget_peak, resident
 
 LENGTHS = (8192, 16384, 32768, 65536, 131072, 262144)
 SHAPE = "1 x T x 64, bfloat16"

@@ -7,6 +7,7 @@ does `python -m sparse_attn squeeze info FILE`.
 from __future__ import annotations
 
 import json
+import math
 import os
 import tempfile
 import zlib
@@ -42,6 +43,12 @@ def _checksum(x: torch.Tensor) -> int:
     return zlib.crc32(memoryview(flat.numpy()))
 
 
+def _header_sum(header: dict[str, Any]) -> int:
+    """Of all of it but this sum itself."""
+    rest = {name: x for name, x in header.items() if name != "header_crc32"}
+    return zlib.crc32(json.dumps(rest, sort_keys=True).encode())
+
+
 def save(context: SqueezedContext, path: Path) -> None:
     """Writes next to the target and renames, so that no reader ever sees half a file."""
     from .. import __version__
@@ -64,6 +71,7 @@ def save(context: SqueezedContext, path: Path) -> None:
         **context.summary(),
         "crc32": {name: _checksum(x) for name, x in tensors.items()},
     }
+    header["header_crc32"] = _header_sum(header)
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     os.close(handle)
     try:
@@ -98,18 +106,30 @@ def read_header(path: Path) -> dict[str, Any]:
             f"{path}: format {kind!r} version {version}, this sparse_attn reads {FORMAT!r} version "
             f"{VERSION}: build the context again"
         )
+    if header.get("header_crc32") != _header_sum(header):
+        raise ValueError(f"{path}: damaged, the checksum of its header is another")
     return header
 
 
 def load(path: Path) -> SqueezedContext:
     """Reads and checks a file: its checksums, then that its tensors fit together."""
-    from .context import PARAMETERS, TENSORS, Parameters, SqueezedContext, SqueezedLayer
-
     library, header = _safetensors(), read_header(path)
     try:
         tensors = library.torch.load_file(path)
     except (library.SafetensorError, OSError) as error:
         raise ValueError(f"{path}: damaged ({error})") from None
+    try:
+        return _assemble(path, header, tensors)
+    except (KeyError, TypeError, IndexError, AttributeError) as error:
+        what = f"{type(error).__name__}: {error}"
+        raise ValueError(f"{path}: damaged, or its header is not of this format ({what})") from None
+
+
+def _assemble(
+    path: Path, header: dict[str, Any], tensors: dict[str, torch.Tensor]
+) -> SqueezedContext:
+    from .context import PARAMETERS, TENSORS, Parameters, SqueezedContext, SqueezedLayer
+
     sums = header["crc32"]
     if set(sums) != set(tensors):
         raise ValueError(f"{path}: damaged, it lacks {sorted(set(sums) ^ set(tensors))[:3]}")
@@ -119,7 +139,14 @@ def load(path: Path) -> SqueezedContext:
     given = header["parameters"]
     if set(given) != set(PARAMETERS):
         raise ValueError(f"{path}: its parameters {sorted(given)} are not {sorted(PARAMETERS)}")
-    parameters = Parameters(**given)
+    try:
+        parameters = Parameters(**given)
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{path}: damaged, its parameters are not legal: {error}") from None
+    for name in ("threshold", "coarse_threshold"):
+        x = header[name]
+        if not (x is None and name == "coarse_threshold" or math.isfinite(x)):
+            raise ValueError(f"{path}: damaged, {name} is {x}, expected a finite number")
     layers = []
     for i in range(header["layers"]):
         found = {name: tensors.get(f"layers.{i}.{name}") for name in TENSORS}
@@ -153,8 +180,13 @@ def check_layer(path: Path, i: int, layer: Any, header: dict[str, Any]) -> None:
             "coarse_centroids": (1, heads, parents, dim), "coarse_log_counts": (1, heads, parents),
             "children": (1, heads, parents + 1),
         }  # fmt: skip
+    whole = {"order": "int32", "offsets": "int32", "children": "int32", "log_counts": "float32",
+             "coarse_log_counts": "float32"}  # fmt: skip
     for name, shape in wanted.items():
         x = getattr(layer, name)
+        dtype = whole.get(name, header["dtype"])
+        if x is not None and x.dtype != getattr(torch, dtype):
+            raise ValueError(f"{path}: layer {i}: {name} is {x.dtype}, expected torch.{dtype}")
         got = None if x is None else tuple(x.shape)
         if got != shape:
             raise ValueError(f"{path}: layer {i}: {name} has shape {got}, its header says {shape}")

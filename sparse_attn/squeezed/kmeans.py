@@ -29,7 +29,12 @@ def distances(x: torch.Tensor, half: torch.Tensor, centres: torch.Tensor) -> tor
     """Half the squared distance of each row of x [H, N, D] to its nearest of few centres
     [H, M, D]; `half` [H, N] are half the squares of the rows."""
     square = centres.square().sum(-1, keepdim=True) / 2
-    return (half + torch.baddbmm(square, centres, x.mT, alpha=-1).amin(1)).clamp_(min=0)
+    least = torch.empty_like(half)
+    rows = max(1, SCORES // (len(x) * centres.shape[1]))
+    for i in range(0, x.shape[1], rows):
+        part = x[:, i : i + rows].mT
+        least[:, i : i + rows] = torch.baddbmm(square, centres, part, alpha=-1).amin(1)
+    return least.add_(half).clamp_(min=0)
 
 
 def start(x: torch.Tensor, k: int, generator: torch.Generator) -> torch.Tensor:

@@ -13,6 +13,7 @@ integration = pytest.importorskip("sparse_attn.integrations.squeezed")
 import sparse_attn  # noqa: E402
 from sparse_attn.__main__ import main  # noqa: E402
 from sparse_attn.squeezed import SqueezedContext  # noqa: E402
+from tests.cases import assert_as_accurate  # noqa: E402
 
 DEMO_MODEL = Path(__file__).parents[2] / "demo" / "model"
 S, WINDOW = 150, 20
@@ -137,6 +138,15 @@ def test_the_demonstration_model(model_dtype, tmp_path):
     got = generate(big, text, cache, n=10)
     if model_dtype == torch.float32:  # bfloat16 rounds differently in another order of sums
         assert torch.equal(got, want)
+    cache.reset()
+    behind = text[:, 800:]
+    with torch.no_grad():
+        logits = big(behind, **{integration.cache_argument(big): cache}).logits
+        big.set_attn_implementation("sdpa")
+        dense = big(text).logits[:, 800:]
+        exact = big.double()(text).logits[:, 800:]
+        big.to(model_dtype)
+    assert_as_accurate(logits, exact, dense, floor=1e-5)
     sparse = sparse_attn.SqueezedCache(context.with_sparsity(0.9), big)
     generate(big, text, sparse, n=10)
     shares = [x.decode for x in sparse.kept()]

@@ -6,7 +6,7 @@ import torch
 from sparse_attn.ops.squeezed_attend import op as attend
 from sparse_attn.ops.squeezed_attention import op
 from sparse_attn.ops.squeezed_lookup import op as lookup
-from tests.cases import call, opcheck
+from tests.cases import assert_as_accurate, call, opcheck
 from tests.squeezed_cases import (
     HIERARCHICAL,
     RECORDED,
@@ -86,14 +86,16 @@ def test_threshold_0_is_dense_attention(run, Tq):
     args[6] = args[6][:, :1].expand(-1, 2, -1).contiguous()
     args[1:3] = [x[:, :, :n] for x in args[1:3]]
     out, _, tokens = call(op, run, *args)
-    keys, values = (torch.cat([x.expand(2, -1, -1, -1), y], 2).float()
+    keys, values = (torch.cat([x.expand(2, -1, -1, -1), y], 2)
                     for x, y in zip(args[1:3], args[3:5], strict=True))  # fmt: skip
     mask = torch.ones(Tq, n + Tq + 9).tril(n + 9).bool()
-    want = torch.nn.functional.scaled_dot_product_attention(
-        args[0].float(), keys, values, mask, enable_gqa=True
+    exact, dense = (
+        torch.nn.functional.scaled_dot_product_attention(
+            *(x.to(dtype) for x in (args[0], keys, values)), mask, enable_gqa=True
+        )
+        for dtype in (torch.float64, out.dtype)
     )
-    tolerance = 1e-5 if out.dtype == torch.float32 else 2e-2
-    torch.testing.assert_close(out.float(), want, rtol=tolerance, atol=tolerance)
+    assert_as_accurate(out, exact, dense, floor=1e-6)
     assert (tokens == n).all()
 
 
