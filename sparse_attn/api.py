@@ -206,7 +206,8 @@ def select(
     if selection.sink or selection.window:
         raise NotImplementedError(
             f"method {config.name!r} also attends to a sink of {selection.sink} and a window of "
-            f"{selection.window} tokens, which an index cannot hold; call attention() with it"
+            f"{selection.window} tokens, which an index cannot hold; call attention() with the "
+            "method, or the method's own select(query, key), which returns all three"
         )
     return selection.index
 

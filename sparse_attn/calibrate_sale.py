@@ -125,6 +125,10 @@ def _layer(i, prompts, target, config, scale, backend, bar) -> Layer:
     kept: list[Prompt] = []
     threshold: torch.Tensor | None = None
     for prompt in prompts:
+        if isinstance(prompt, torch.Tensor):
+            raise ValueError(
+                f"layers: layer {i} holds a tensor, expected its prompts: [(query, key, value)]"
+            )
         kept.append(prompt)
         if threshold is None:
             threshold = torch.full((prompt[0].shape[1],), START)

@@ -64,5 +64,6 @@ def resolve(method: Any) -> Any:
             raise ValueError(f"method: got {method!r}, expected one of {sorted(METHODS)}")
         return METHODS[method]()
     if type(method) not in METHODS.values():
-        raise TypeError(f"method: got {method!r}, expected a name or a config of {sorted(METHODS)}")
+        got = "a tensor" if isinstance(method, torch.Tensor) else repr(method)
+        raise TypeError(f"method: got {got}, expected a name or a config of {sorted(METHODS)}")
     return method

@@ -115,6 +115,8 @@ class HiPState:
         check.integer("refresh", refresh)
         if refresh < 1:
             raise ValueError(f"refresh: got {refresh}, expected 1 or more")
+        if config is not None and not isinstance(config, HiP):
+            raise TypeError(f"config: got {config!r}, expected a HiP, such as HiP(budget=512)")
         self.config = HiP(share_kv_heads=True) if config is None else config
         self.refresh = refresh
         self.reset()

@@ -378,3 +378,9 @@ def test_config_is_frozen():
     with pytest.raises(AttributeError):
         HiP().budget = 1
     assert HiP.name == "hip" and sparse_attn.HiP is HiP
+
+
+@pytest.mark.parametrize("config", ["hip", InfiniteHiP()])
+def test_state_takes_a_hip(config):
+    with pytest.raises(TypeError, match="config: got .*, expected a HiP"):
+        HiPState(config)

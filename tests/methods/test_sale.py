@@ -255,6 +255,7 @@ def test_calibration_shows_a_bar(capsys):
     [
         ([], {}, "layers: got none"),
         ([[]], {}, "layers: layer 0 has no prompt"),
+        ([[torch.zeros(1)]], {}, "layers: layer 0 holds a tensor, expected its prompts"),
         ([], {"min_recall": 1.5}, "min_recall: got 1.5, expected 0 to 1"),
         ([], {"max_error": "a"}, "max_error: got 'a', expected a number"),
     ],
