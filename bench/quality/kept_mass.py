@@ -3,7 +3,7 @@
 On every layer and head of the demonstration model. Density and mass count single query-key pairs,
 so methods with blocks of different sizes, sinks and windows stand on one scale; the dotted lines
 are the most that blocks of 64 x 32 tokens and single pairs could keep, chosen from the true
-attention of a layer. Writes bench/results/kept_mass.json and .png.
+attention of all layers at once. Writes bench/results/kept_mass.json and .png.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def to_blocks(x):
 
 
 class Best:
-    """The most mass that a share of the pairs can keep, budgets moving freely in a layer.
+    """The most mass that a share of the pairs can keep, shared out freely over layers, heads, rows.
 
     Units (blocks or pairs) are taken by mass per pair, highest first; a histogram over the
     logarithm stands for the sort.
@@ -63,7 +63,7 @@ class Best:
         return float(numpy.interp(density, [0, *used.tolist()], [0, *kept.tolist()]))
 
 
-def measure(query, key, chunk=512):
+def measure(query, key, best_blocks, best_pairs, chunk=512):
     """For one layer: {line: [(parameter, density, mass kept)]}, means over heads and rows."""
     n_keys, groups = key.shape[2], query.shape[1] // key.shape[1]
     heads = query.shape[1]
@@ -74,7 +74,6 @@ def measure(query, key, chunk=512):
         for value in values
     }
     pairs, mass_kept = dict.fromkeys(selections, 0.0), dict.fromkeys(selections, 0.0)
-    best_blocks, best_pairs = Best(), Best()
     keys = key[0].float().repeat_interleave(groups, 0)
     for begin in range(0, n_keys, chunk):
         rows = torch.arange(begin, begin + chunk)
@@ -94,8 +93,6 @@ def measure(query, key, chunk=512):
     for (name, value), n in pairs.items():
         point = (value, n / total, mass_kept[name, value] / (heads * n_keys))
         lines.setdefault(name, []).append(point)
-    lines["best blocks of 64 x 32"] = [(d, d, best_blocks.kept(d)) for d in BEST]
-    lines["best pairs"] = [(d, d, best_pairs.kept(d)) for d in BEST]
     return lines
 
 
@@ -142,7 +139,11 @@ def main():
     layers = model_inputs(length)
     if not layers:
         raise SystemExit("needs transformers and the weights of demo/model")
-    lines = average([measure(*layer) for layer in tqdm(layers, unit="layer", leave=False)])
+    best_blocks, best_pairs = Best(), Best()
+    bar = tqdm(layers, unit="layer", leave=False)
+    lines = average([measure(*layer, best_blocks, best_pairs) for layer in bar])
+    for name, best in (("best blocks of 64 x 32", best_blocks), ("best pairs", best_pairs)):
+        lines[name] = [{"parameter": d, "density": d, "kept": best.kept(d)} for d in BEST]
     RESULTS.mkdir(exist_ok=True)
     stem = RESULTS / "kept_mass"
     found = {"hardware": hardware(), "length": length, "lines": lines}
