@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from ..registry import Op
 from . import _checks as check
+from ._select_attend import compose
 from .block_sparse_attention import fake_result
 from .block_sparse_attention import op as attend
 from .sale_select import OPTIONS
@@ -35,16 +36,4 @@ def _run(backend, query, key, value, *options):
     )
 
 
-def _parts_serve(backend):
-    def when(query, key, value, *options):
-        refused = select.reasons((query, key, *options))[backend]
-        return refused or attend.reasons((query, key, value))[backend] or True
-
-    return when
-
-
-for _backend, _device in (("triton", "cuda"), ("cuda", "cuda"), ("cpp", "cpu")):
-    op.composite(_backend, _device, _run, of=(select, attend), when=_parts_serve(_backend))
-op.composite("reference", "any", _run, of=(select, attend))
-op.autocast(3)
-op.no_grad("Call sparse_attn.attention, which has one, or detach the inputs.")
+compose(op, select, _run)

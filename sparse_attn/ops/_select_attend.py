@@ -1,0 +1,36 @@
+"""What the operators that select and attend in one call share: who serves them, and how."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from ..registry import Op
+from .block_sparse_attention import op as attend
+
+
+def compose(
+    op: Op, select: Op, run: Callable[..., Any], table_of: Callable[..., Any] | None = None
+) -> None:
+    """Adds to `op` an implementation per backend that serves where its two parts do.
+
+    op takes query, key, value and the options of `select`; `run(backend, *args)` calls the parts;
+    `table_of(options)` is the block table among them, where select takes one.
+    """
+
+    def parts_serve(backend: str) -> Callable[..., bool | str]:
+        def when(query: Any, key: Any, value: Any, *options: Any) -> bool | str:
+            call = (query, key, value)
+            if table_of is not None:
+                call = (*call, *[None] * 8, table_of(options))
+            refused = select.reasons((query, key, *options))[backend]
+            return refused or attend.reasons(call)[backend] or True
+
+        return when
+
+    parts = (select, attend)
+    for backend, device in (("triton", "cuda"), ("cuda", "cuda"), ("cpp", "cpu")):
+        op.composite(backend, device, run, of=parts, when=parts_serve(backend))
+    op.composite("reference", "any", run, of=parts)
+    op.autocast(3)
+    op.no_grad("Call sparse_attn.attention, which has one, or detach the inputs.")
