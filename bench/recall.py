@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import torch
 
-from sparse_attn.methods import Selection
+from sparse_attn import BlockIndex
 
 
 class Mass(NamedTuple):
@@ -40,14 +40,13 @@ def near(mass: Mass, sink: int, window: int) -> torch.Tensor:
     return (token < sink) | (token > mass.position[:, None] - window)
 
 
-def recall(masses: list[Mass], selection: Selection) -> float:
+def recall(masses: list[Mass], index: BlockIndex) -> float:
     """Mean share of a row's attention that a selection attends to."""
-    index, sink, window = selection
     total = 0.0
     for mass in masses:
         heads, _, n = mass.weights.shape
         group = heads // index.indices.shape[1]
-        seen = near(mass, sink, window).expand(heads, -1, -1).clone()
+        seen = near(mass, index.sink, index.window).expand(heads, -1, -1).clone()
         for h in range(heads):
             count = int(index.counts[0, h // group, mass.block])
             ids = index.indices[0, h // group, mass.block, :count].long()

@@ -9,7 +9,7 @@ import torch
 from . import _ext, cpu_isa
 from .block_index import BlockIndex
 from .crossover import dense_is_faster
-from .methods import METHODS, Selection, resolve
+from .methods import METHODS, resolve
 from .methods.dense import Dense
 from .ops import _checks as check
 from .ops.block_sparse_attention import op as attend
@@ -91,8 +91,7 @@ def attention(
     if index is not None:
         if not isinstance(index, BlockIndex):
             raise TypeError(f"index: expected a BlockIndex, got {type(index).__name__}")
-        index = index.expand(query.shape[0])
-        selection, name = Selection(index), "index"
+        chosen, name = index.expand(query.shape[0]), "index"
     else:
         config = resolve(method)
         name = config.name
@@ -112,17 +111,19 @@ def attention(
         takes_cache = cached and not dense
         cache = {"block_table": block_table, "kv_lengths": kv_lengths} if takes_cache else {}
         selector = config.selector(query, key, causal, scale, **cache)
-        selection = config.select(  # what is chosen has no gradient
+        chosen = config.select(  # what is chosen has no gradient
             query.detach(), key.detach(), causal=causal, scale=scale, backend=backend, **cache
         )
         if dense:
-            selection = Selection(selection.index, capacity)  # all keys, of which it saw a page
+            chosen = chosen._replace(sink=capacity)  # all keys, of which it saw a page
     if cached and return_stats and not dense:
         raise NotImplementedError(
             "return_stats: no density is computed for a choice with block_table or kv_lengths"
         )
-    chosen, sink, window = selection
-    args = (query, key, value, *chosen, causal, sink, window, scale, block_table, kv_lengths)
+    args = (
+        query, key, value, *chosen.blocks, causal, chosen.sink, chosen.window, scale, block_table,
+        kv_lengths,
+    )  # fmt: skip
     out, lse = attend(*args, backend=backend)
     results = [out]
     if return_lse:
@@ -132,29 +133,12 @@ def attention(
             Stats(
                 name,
                 attend.select(args, backend).backend,
-                _density(selection, query.shape[2], capacity, causal),
+                chosen.density(query.shape[2], capacity, causal),
                 dense_because,
                 selector and selector[0].select(selector[1], backend).backend,
             )
         )
     return results[0] if len(results) == 1 else tuple(results)
-
-
-def _density(selection: Selection, n_queries: int, n_keys: int, causal: bool) -> float:
-    """The share of the visible blocks that holds a listed key, one of the sink or the window."""
-    index, sink, window = selection
-    if sink >= n_keys:
-        return 1.0
-    if sink or window:
-        mask = index.to_mask(n_keys)
-        key = torch.arange(mask.shape[3], device=mask.device) * index.kv_block
-        query = torch.arange(mask.shape[2], device=mask.device)[:, None] * index.q_block
-        first = n_keys - n_queries + query  # the position of the block's first query
-        last = first + index.q_block - 1
-        near = (key + index.kv_block > first - window + 1) & (key <= last)
-        mask = mask | (key < sink) | (near & (window > 0))
-        index = BlockIndex.from_mask(mask, index.q_block, index.kv_block)
-    return index.density(n_queries, n_keys, causal)
 
 
 def _dense_because(
@@ -195,21 +179,17 @@ def select(
     scale: float | None = None,
     backend: str | None = None,
 ) -> BlockIndex:
-    """The blocks a method would attend to: look before you attend, reuse across steps or layers."""
+    """What a method would attend to: look before you attend, reuse across steps or layers.
+
+    The index holds the blocks and, for methods that have them, the sink and the window.
+    """
     check.query_key(query, key)
     backend = requested(backend)
     config = resolve(method)
     reason = config.why_not(query, key, causal)
     if reason is not None:
         raise NotImplementedError(f"method {config.name!r} cannot serve this call: {reason}")
-    selection = config.select(query, key, causal=causal, scale=scale, backend=backend)
-    if selection.sink or selection.window:
-        raise NotImplementedError(
-            f"method {config.name!r} also attends to a sink of {selection.sink} and a window of "
-            f"{selection.window} tokens, which an index cannot hold; call attention() with the "
-            "method, or the method's own select(query, key), which returns all three"
-        )
-    return selection.index
+    return config.select(query, key, causal=causal, scale=scale, backend=backend)
 
 
 def explain(
@@ -237,8 +217,8 @@ def explain(
     selector = config.selector(query, key, causal, None) if dense is None else None
     if selector is not None:
         lines += _explain_op(*selector, backend)
-    index = Dense().select(query, key).index
-    args = attend.bind(query, key, value, *index, causal, key.shape[2])
+    index = Dense().select(query, key)
+    args = attend.bind(query, key, value, *index.blocks, causal, index.sink)
     return "\n".join([*lines, *_explain_op(attend, args, backend)])
 
 

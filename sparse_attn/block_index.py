@@ -14,7 +14,10 @@ if TYPE_CHECKING:
 
 
 class BlockIndex(NamedTuple):
-    """Which blocks of keys each block of queries attends to; fixed capacity, device only.
+    """Which keys each block of queries attends to; fixed capacity, device only.
+
+    Those of the blocks listed, the first `sink` tokens and the last `window` tokens up to each
+    query, a key in several of these once.
 
     Attributes:
         indices: int32 [B, H', Mq, K], KV block ids, ascending and unique in their first `counts`
@@ -22,12 +25,21 @@ class BlockIndex(NamedTuple):
         counts: int32 [B, H', Mq], how many blocks are listed.
         q_block: queries per block, 1 to 128. Query i of the call is in block i // q_block.
         kv_block: keys per block, 1 to 128.
+        sink: first tokens that every query attends to, 0 or more.
+        window: last tokens, up to and with its own, that every query attends to, 0 or more.
     """
 
     indices: torch.Tensor
     counts: torch.Tensor
     q_block: int
     kv_block: int
+    sink: int = 0
+    window: int = 0
+
+    @property
+    def blocks(self) -> tuple[torch.Tensor, torch.Tensor, int, int]:
+        """What operators take of an index in one piece: indices, counts, q_block, kv_block."""
+        return self[:4]
 
     @classmethod
     def from_mask(
@@ -80,7 +92,12 @@ class BlockIndex(NamedTuple):
         """The listed blocks as bool [B, H', Mq, ceil(n_keys / kv_block)].
 
         ValueError if a listed block lies beyond the keys; this check reads the device.
+        NotImplementedError with a sink or a window: they are no whole blocks.
         """
+        self._blocks_only("to_mask", "computed() gives the blocks that hold a key of either")
+        return self._listed(n_keys)
+
+    def _listed(self, n_keys: int) -> torch.Tensor:
         n_blocks = -(-n_keys // self.kv_block)
         listed = torch.arange(self.indices.shape[-1], device=self.indices.device)
         beyond = (listed < self.counts[..., None]) & (self.indices >= n_blocks)
@@ -91,12 +108,37 @@ class BlockIndex(NamedTuple):
             )
         return block_mask(self.indices, self.counts, n_blocks)
 
+    def _blocks_only(self, name: str, instead: str) -> None:
+        if self.sink or self.window:
+            raise NotImplementedError(
+                f"{name}: the index has a sink of {self.sink} and a window of {self.window} "
+                f"tokens, which blocks cannot express; {instead}, and "
+                "index._replace(sink=0, window=0) has the listed blocks alone"
+            )
+
+    def computed(self, n_queries: int, n_keys: int, causal: bool = True) -> torch.Tensor:
+        """The blocks in which a pair is computed, bool [B, H', Mq, ceil(n_keys / kv_block)].
+
+        Those that are listed or hold a key of the sink or of the window of one of their queries;
+        with `causal` none above the diagonal. Reads the device, as `to_mask`.
+        """
+        mask = self._listed(n_keys)
+        key = torch.arange(mask.shape[3], device=mask.device) * self.kv_block  # first of a block
+        first = torch.arange(mask.shape[2], device=mask.device)[:, None] * self.q_block
+        last = (first + self.q_block).clamp(max=n_queries) - 1 + n_keys - n_queries
+        first = first + n_keys - n_queries
+        near = (key + self.kv_block > first - self.window + 1) & (key <= last)
+        mask = mask | (key < self.sink) | (near & (self.window > 0))
+        return mask & (key <= last) if causal else mask
+
     def transpose(self, n_keys: int) -> tuple[torch.Tensor, torch.Tensor]:
         """The index from the side of the keys, (offsets, rows); nothing is read on the host.
 
         rows int32 [B, H', Mq * K] holds, from offsets[..., j] up to offsets[..., j + 1], the query
         blocks that list KV block j, ascending; offsets is int32 [B, H', Nk + 1].
+        NotImplementedError with a sink or a window.
         """
+        self._blocks_only("transpose", "give both to the operator beside the blocks")
         n_blocks, capacity = -(-n_keys // self.kv_block), self.indices.shape[-1]
         place = torch.arange(capacity, device=self.indices.device)
         # what a wrong list holds beside ids of blocks is left out
@@ -129,46 +171,56 @@ class BlockIndex(NamedTuple):
                 f"indices: {self.indices.shape[2]} query blocks, expected {expected} for "
                 f"{n_queries} queries in blocks of {self.q_block}"
             )
+        check.not_negative("sink", self.sink)
+        check.not_negative("window", self.window)
         check_index(self.indices, self.counts, -(-n_keys // self.kv_block))
 
     def density(self, n_queries: int, n_keys: int, causal: bool = True) -> float:
-        """Share of the (causally visible) blocks that are listed; reads the index on the host.
+        """Share of the (causally visible) blocks in which a pair is computed; read on the host.
 
         Listed blocks above the causal diagonal do not count, since they are never computed.
         """
-        mask = self.to_mask(n_keys)
+        mask = self.computed(n_queries, n_keys, causal)
         if not causal:
             return mask.float().mean().item()
         visible = BlockIndex.full(
             n_queries, n_keys, self.q_block, self.kv_block, device=mask.device
-        ).to_mask(n_keys)
-        return ((mask & visible).sum() / visible.expand_as(mask).sum().clamp(min=1)).item()
+        ).counts.sum()
+        return (mask.sum() / (visible * mask.shape[0] * mask.shape[1]).clamp(min=1)).item()
 
     def to_flex(self, n_queries: int, n_keys: int, causal: bool = True) -> BlockMask:
         """The same pattern for FlexAttention.
 
-        With `causal` the mask function keeps keys up to the query's bottom-right aligned position.
-        Compile `flex_attention`: run eagerly it ignores the listed blocks.
+        With `causal` the mask function keeps keys up to the query's bottom-right aligned position;
+        with a sink or a window it looks up the listed blocks, too. Compile `flex_attention`: run
+        eagerly it ignores the listed blocks.
         """
         from torch.nn.attention.flex_attention import BlockMask
 
-        mask = self.to_mask(n_keys)
-        if causal:
-            visible = BlockIndex.full(
-                n_queries, n_keys, self.q_block, self.kv_block, device=mask.device
-            )
-            mask = mask & visible.to_mask(n_keys)
-        index = BlockIndex.from_mask(mask, self.q_block, self.kv_block)
-        offset = n_keys - n_queries
+        index = BlockIndex.from_mask(
+            self.computed(n_queries, n_keys, causal), self.q_block, self.kv_block
+        )
+        offset, (_, _, q_block, kv_block, sink, window) = n_keys - n_queries, self
 
         def up_to_query(b: Any, h: Any, q: Any, k: Any) -> Any:
             return k <= q + offset
+
+        mask_mod = up_to_query if causal else None
+        if sink or window:
+            listed = self._listed(n_keys)
+            batch, heads = listed.shape[:2]
+
+            def mask_mod(b: Any, h: Any, q: Any, k: Any) -> Any:
+                of = listed[b if batch > 1 else 0, h if heads > 1 else 0]
+                near = (k <= q + offset) & (k > q + offset - window)
+                seen = of[q // q_block, k // kv_block] | (k < sink) | near
+                return seen & (k <= q + offset) if causal else seen
 
         return BlockMask.from_kv_blocks(
             index.counts,
             index.indices,
             BLOCK_SIZE=(self.q_block, self.kv_block),
-            mask_mod=up_to_query if causal else None,
+            mask_mod=mask_mod,
             seq_lengths=(n_queries, n_keys),
         )
 
@@ -186,7 +238,7 @@ class BlockIndex(NamedTuple):
         return cls.from_mask(listed, q_block, kv_block)
 
     def plot(self, n_queries: int, n_keys: int, *, causal: bool = True, batch: int = 0) -> Any:
-        """A matplotlib figure, one panel per head: listed blocks over the visible ones.
+        """A matplotlib figure, one panel per head: computed blocks over the visible ones.
 
         Raises ImportError without matplotlib (`pip install sparse_attn[plot]`).
         """

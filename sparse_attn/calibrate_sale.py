@@ -176,8 +176,9 @@ def _lower(threshold, prompt, target, config, scale, backend, bar) -> None:
 
 def _dense(prompt, scale, backend):
     query, key, value = prompt
-    index, sink, _ = Dense().select(query, key)
-    return attend(query, key, value, *index, True, sink, scale=scale, backend=backend)
+    index = Dense().select(query, key)
+    args = (query, key, value, *index.blocks, True, index.sink)
+    return attend(*args, scale=scale, backend=backend)
 
 
 def _measure(prompt, threshold, config, scale, backend, dense=None):
@@ -185,12 +186,13 @@ def _measure(prompt, threshold, config, scale, backend, dense=None):
     query, key, value = prompt
     out, lse = _dense(prompt, scale, backend) if dense is None else dense
     config = replace(config, threshold=threshold.tolist())
-    index: BlockIndex = config.select(query, key, scale=scale, backend=backend).index
-    got, got_lse = attend(query, key, value, *index, True, scale=scale, backend=backend)
+    index: BlockIndex = config.select(query, key, scale=scale, backend=backend)
+    got, got_lse = attend(query, key, value, *index.blocks, True, scale=scale, backend=backend)
     error = (got.float() - out.float()).abs().sum(-1).mean((0, 2))
     recall = (got_lse - lse).exp().nan_to_num(1).mean((0, 2))
     listed = index.counts.float().sum(2).mean(0)
-    visible = BlockIndex.full(query.shape[2], key.shape[2], *index[2:]).counts.sum()
+    shape = (query.shape[2], key.shape[2], index.q_block, index.kv_block)
+    visible = BlockIndex.full(*shape).counts.sum()
     density = (listed / visible).repeat_interleave(query.shape[1] // len(listed))
     return [x.cpu() for x in (error, recall, density.to(error.device))]
 

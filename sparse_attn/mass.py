@@ -5,23 +5,22 @@ from __future__ import annotations
 import torch
 
 from .block_index import BlockIndex
-from .methods import Selection
 
 ROWS = 256  # queries looked at, evenly spaced
 SCORES = 1 << 26  # at a time
 
 
 def allowed(
-    selection: Selection, rows: torch.Tensor, n_queries: int, n_keys: int, causal: bool = True
+    index: BlockIndex, rows: torch.Tensor, n_queries: int, n_keys: int, causal: bool = True
 ) -> torch.Tensor:
     """Which keys the queries `rows` (int64 [R]) attend to, bool [B, H', R, Tk]."""
-    (indices, counts, q_block, kv_block), sink, window = selection
     keys = torch.arange(n_keys, device=rows.device)
-    at = rows // q_block  # the lists of these queries alone: a whole mask can be large
-    listed = BlockIndex(indices[:, :, at], counts[:, :, at], q_block, kv_block).to_mask(n_keys)
-    mask = listed[..., keys // kv_block]
+    at = rows // index.q_block  # the lists of these queries alone: a whole mask can be large
+    indices, counts = index.indices[:, :, at], index.counts[:, :, at]
+    listed = BlockIndex(indices, counts, index.q_block, index.kv_block).to_mask(n_keys)
+    mask = listed[..., keys // index.kv_block]
     behind = n_keys - n_queries + rows[:, None] - keys
-    mask = mask | (keys < sink) | ((behind >= 0) & (behind < window))
+    mask = mask | (keys < index.sink) | ((behind >= 0) & (behind < index.window))
     return mask & (behind >= 0) if causal else mask
 
 
@@ -38,7 +37,7 @@ def shares(
 
 
 def kept(
-    query: torch.Tensor, key: torch.Tensor, selection: Selection, scale: float | None = None
+    query: torch.Tensor, key: torch.Tensor, index: BlockIndex, scale: float | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(share of the attention mass kept, share of the pairs computed), float32 [Hq] each.
 
@@ -49,7 +48,7 @@ def kept(
     mass, pairs = query.new_zeros((2, query.shape[1]), dtype=torch.float32)
     at_once = max(1, SCORES // (query.shape[0] * query.shape[1] * n_keys))
     for piece in rows.split(at_once):
-        mask = allowed(selection, piece, n_queries, n_keys)
+        mask = allowed(index, piece, n_queries, n_keys)
         mask = mask.repeat_interleave(query.shape[1] // mask.shape[1], 1)
         mass += shares(query, key, piece, scale).masked_fill_(~mask, 0).sum((0, 2, 3))
         pairs += mask.sum((0, 2, 3))
@@ -61,7 +60,7 @@ def kept(
 def cells(
     query: torch.Tensor,
     key: torch.Tensor,
-    selection: Selection,
+    index: BlockIndex,
     scale: float | None = None,
     size: int = 64,
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -77,7 +76,7 @@ def cells(
     for i in range(n):
         begin, end = -(-i * n_queries // n), -(-(i + 1) * n_queries // n)
         rows = torch.linspace(begin, end - 1, min(8, end - begin), device=query.device).long()
-        mask = allowed(selection, rows, n_queries, n_keys)[0]
+        mask = allowed(index, rows, n_queries, n_keys)[0]
         mask = mask.repeat_interleave(query.shape[1] // mask.shape[0], 0)
         mass = shares(query[:1], key[:1], rows, scale)[0]
         both = torch.stack((mass.mean(1), mass.masked_fill_(~mask, 0).mean(1)))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -106,11 +107,19 @@ def inputs(s: Shape, dtype: torch.dtype = torch.float32, spread: float = 1.0):
     return query, key, value
 
 
-def index(s: Shape) -> BlockIndex:
+class Lists(NamedTuple):
+    """What operators take of a `BlockIndex`, its `blocks` by name."""
+
+    indices: torch.Tensor
+    counts: torch.Tensor
+    q_block: int
+    kv_block: int
+
+
+def index(s: Shape) -> Lists:
     rows, blocks = -(-s.Tq // s.q_block), -(-s.Tk // s.kv_block)
-    return BlockIndex.from_mask(
-        torch.rand(s.B, s.Hi, rows, blocks) < s.share, s.q_block, s.kv_block
-    )
+    listed = torch.rand(s.B, s.Hi, rows, blocks) < s.share
+    return Lists(*BlockIndex.from_mask(listed, s.q_block, s.kv_block).blocks)
 
 
 def assert_as_accurate(got, exact, dense, floor):

@@ -4,8 +4,7 @@ import pytest
 import torch
 
 import sparse_attn
-from sparse_attn import BlockIndex, FlexPrefill, api, crossover
-from sparse_attn.methods import Selection
+from sparse_attn import METHODS, BlockIndex, FlexPrefill, HiP, InfiniteHiP, Sale, crossover
 from tests.cases import Shape, inputs
 from tests.ops.test_flex_prefill_select import structured
 
@@ -15,6 +14,44 @@ def test_index_can_be_reused():
     index = sparse_attn.select(query, key, "flex_prefill")
     want = sparse_attn.attention(query, key, value, "flex_prefill", fallback=False)
     assert torch.equal(sparse_attn.attention(query, key, value, index=index), want)
+
+
+EVERY = {
+    "dense": "dense",
+    "flex_prefill": FlexPrefill(block_size=32, min_budget=64, gamma=0.6),
+    "sale": Sale(threshold=0.02),
+    "hip": HiP(budget=64, q_block=32, window=50),
+    "infinite_hip": InfiniteHiP((32, 8), (128, 64), (4, 1), 32, 20, 50, merge_heads="group"),
+}
+
+
+def test_every_method_by_its_name_alone_is_here():
+    alone = {n for n, m in METHODS.items() if not getattr(m, "needs_context", False)}
+    assert set(EVERY) == alone
+
+
+@pytest.mark.parametrize("shape", [(301, 301), (77, 413), (1, 300)], ids=str)
+@pytest.mark.parametrize("name", EVERY)
+def test_selecting_first_is_the_same_call(name, shape):
+    """Bit for bit, with GQA, odd lengths, Tq < Tk, and through torch.compile."""
+    query, key, value = inputs(Shape(B=2, Hq=4, Hkv=2, Tq=shape[0], Tk=shape[1]))
+    config = EVERY[name]
+
+    def in_two_steps(q, k, v):
+        return sparse_attn.attention(q, k, v, index=sparse_attn.select(q, k, config))
+
+    index = sparse_attn.select(query, key, config)
+    index.validate(*shape)
+    want, stats = sparse_attn.attention(
+        query, key, value, config, fallback=False, return_stats=True
+    )
+    assert torch.equal(in_two_steps(query, key, value), want)
+    assert index.density(*shape) == stats.density
+    if shape[0] == 77:
+        compiled = torch.compile(in_two_steps, fullgraph=True, backend="aot_eager")
+        assert torch.equal(compiled(query, key, value), want)
+        graph = torch.compile(sparse_attn.select, fullgraph=True, backend="aot_eager")
+        assert graph(query, key, config)[2:] == index[2:]
 
 
 def test_fallback_is_reported_and_can_be_refused():
@@ -33,7 +70,7 @@ def test_fallback_is_reported_and_can_be_refused():
 def test_density_counts_sink_and_window(sink, window):
     n, block = 300, 16
     none = torch.zeros(1, 1, -(-n // block), -(-n // block), dtype=torch.bool)
-    selection = Selection(BlockIndex.from_mask(none, block, block), sink, window)
+    index = BlockIndex.from_mask(none, block, block)._replace(sink=sink, window=window)
     i = torch.arange(n)
     seen = (i < sink) | (i > i[:, None] - window)
     blocks = [
@@ -45,7 +82,7 @@ def test_density_counts_sink_and_window(sink, window):
         for x in (seen, torch.ones(n, n, dtype=torch.bool))
     ]
     want = blocks[0].sum().item() / blocks[1].sum().item()
-    assert api._density(selection, n, n, True) == pytest.approx(want)
+    assert index.density(n, n) == pytest.approx(want)
     assert (want == 1) == (max(sink, window) >= 299)
 
 
@@ -173,5 +210,3 @@ def test_methods_say_what_they_cannot_do():
         sparse_attn.attention(query, key, value, "flash")
     with pytest.raises(TypeError, match="method: got 3"):
         sparse_attn.attention(query, key, value, 3)
-    with pytest.raises(NotImplementedError, match="an index cannot hold"):
-        sparse_attn.select(query, key, "dense")

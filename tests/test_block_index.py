@@ -2,9 +2,10 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+from torch.nn.attention.flex_attention import create_block_mask, create_mask, flex_attention
 
 from sparse_attn import BlockIndex, attention
+from sparse_attn.mass import allowed
 from tests.cases import Shape, index, inputs
 
 
@@ -34,10 +35,11 @@ def test_density_counts_visible_blocks_only():
     assert full.density(300, 300, causal=False) == pytest.approx(6 / 9)
 
 
-@pytest.mark.parametrize("n_queries", [256, 128])
-def test_compiled_flex_attention_agrees(n_queries):
+@pytest.mark.parametrize("n_queries, sink, window", [(256, 0, 0), (128, 0, 0), (128, 20, 70)])
+def test_compiled_flex_attention_agrees(n_queries, sink, window):
     query, key, value = inputs(Shape(Tq=n_queries, Tk=256, Hq=2, Hkv=2))
     listed = index(Shape(Tq=n_queries, Tk=256, q_block=128, kv_block=128, share=0.6))
+    listed = BlockIndex(*listed, sink, window)
     listed.counts.clamp_(min=1)
     want = attention(query, key, value, index=listed)
     compiled = torch.compile(flex_attention)
@@ -47,7 +49,7 @@ def test_compiled_flex_attention_agrees(n_queries):
 
 
 def test_flex_round_trip():
-    listed = index(Shape(Tq=300, Tk=400, q_block=64, kv_block=32))
+    listed = BlockIndex(*index(Shape(Tq=300, Tk=400, q_block=64, kv_block=32)))
     back = BlockIndex.from_flex(listed.to_flex(300, 400, causal=False))
     assert torch.equal(back.to_mask(400), listed.to_mask(400))
     assert (back.q_block, back.kv_block) == (64, 32)
@@ -74,6 +76,8 @@ def test_one_index_serves_every_sequence(backend):
         (lambda i: i._replace(indices=i.indices.long()), "indices: expected int32"),
         (lambda i: i._replace(q_block=0), "q_block: got 0"),
         (lambda i: i._replace(q_block=64.0), "q_block: got 64.0, expected an integer"),
+        (lambda i: i._replace(sink=-1), "sink: got -1, expected 0 or more"),
+        (lambda i: i._replace(window=1.5), "window: got 1.5, expected an integer"),
         (lambda i: i._replace(counts=i.counts[:, :1, :1]), "counts: shape"),
         (lambda i: i._replace(q_block=16), "indices: 3 query blocks, expected 10"),
         (lambda i: i._replace(counts=i.counts + 9), "counts: a value is negative or larger"),
@@ -100,6 +104,67 @@ def test_bad_arguments(make, message):
         make(torch.ones(1, 1, 2, 2, dtype=torch.bool))
 
 
+# ---- sink and window ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("heads", [1, 2])
+@pytest.mark.parametrize("sink, window", [(0, 0), (0, 1), (9, 0), (20, 31), (0, 200), (200, 0)])
+def test_sink_and_window_against_single_pairs(sink, window, heads, causal):
+    """What is computed, its share, and what FlexAttention is told: odd lengths, Tq < Tk."""
+    n_queries, n_keys, q_block, kv_block = 75, 133, 16, 8
+    lists = index(Shape(B=2, Hi=heads, Tq=n_queries, Tk=n_keys, q_block=q_block,
+                        kv_block=kv_block, share=0.2))  # fmt: skip
+    listed = BlockIndex(*lists, sink, window)
+    pairs = allowed(listed, torch.arange(n_queries), n_queries, n_keys, causal)
+
+    def in_blocks(x):
+        x = torch.nn.functional.pad(x, (0, -n_keys % kv_block, 0, -n_queries % q_block))
+        return x.unflatten(3, (-1, kv_block)).unflatten(2, (-1, q_block)).any(5).any(3)
+
+    computed = listed.computed(n_queries, n_keys, causal)
+    assert torch.equal(computed, in_blocks(pairs))
+    i = n_keys - n_queries + torch.arange(n_queries)
+    visible = torch.arange(n_keys) <= i[:, None] if causal else torch.ones(n_queries, n_keys) > 0
+    visible = in_blocks(visible[None, None]).sum() * 2 * heads
+    share = listed.density(n_queries, n_keys, causal)
+    assert share == pytest.approx((computed.sum() / visible).item())
+    mask = listed.to_flex(n_queries, n_keys, causal)
+    assert torch.equal(BlockIndex.from_flex(mask).to_mask(n_keys), computed)
+    told = create_mask(mask.mask_mod, 2, 2, n_queries, n_keys, "cpu")
+    told = (
+        told
+        & computed.repeat_interleave(q_block, 2).repeat_interleave(kv_block, 3)[
+            :, :, :n_queries, :n_keys
+        ]
+    )
+    assert torch.equal(told, pairs.expand(2, 2, -1, -1))
+
+
+@pytest.mark.parametrize("method", ["to_mask", "transpose"])
+@pytest.mark.parametrize("field", ["sink", "window"])
+def test_blocks_cannot_express_a_sink_and_a_window(method, field):
+    listed = BlockIndex.full(64, 64, 16, 16)
+    other = listed._replace(**{field: 5})
+    message = rf"{method}: .* {field} of 5 .*\(sink=0, window=0\)"
+    with pytest.raises(NotImplementedError, match=message):
+        getattr(other, method)(64)
+    for got, want in zip(getattr(other._replace(sink=0, window=0), method)(64),
+                         getattr(listed, method)(64), strict=True):  # fmt: skip
+        assert torch.equal(got, want)
+
+
+def test_an_index_of_one_sequence_keeps_its_sink_and_window():
+    query, key, value = inputs(Shape(B=2, Tq=40, Tk=90))
+    none = torch.zeros(1, 1, 3, 6, dtype=torch.bool)
+    listed = BlockIndex.from_mask(none, 16, 16)._replace(sink=5, window=20)
+    got = attention(query, key, value, index=listed)
+    i, j = 50 + torch.arange(40)[:, None], torch.arange(90)
+    seen = ((j < 5) | (j > i - 20)) & (j <= i)
+    scores = (query @ key.mT / 8).masked_fill(~seen, -torch.inf)
+    torch.testing.assert_close(got, scores.softmax(-1) @ value, rtol=1e-5, atol=1e-5)
+
+
 def test_crosses_torch_compile():
     query, key, value = inputs(Shape(Tq=64, Tk=64))
 
@@ -113,13 +178,15 @@ def test_crosses_torch_compile():
 
 
 def test_plot():
-    figure = index(Shape(Tq=300, Tk=300, q_block=32, kv_block=32)).plot(300, 300)
+    listed = index(Shape(Tq=300, Tk=300, q_block=32, kv_block=32))
+    figure = BlockIndex(*listed).plot(300, 300)
     titles = [axis.get_title() for axis in figure.axes]
     assert len(titles) == 2 and all("of blocks" in t for t in titles)
 
 
 def test_plot_shows_positions():
     """A last block that reaches beyond the tokens is cut, not stretched."""
-    axis = index(Shape(Tq=70, Tk=300, q_block=64, kv_block=128)).plot(70, 300).axes[0]
+    listed = index(Shape(Tq=70, Tk=300, q_block=64, kv_block=128))
+    axis = BlockIndex(*listed).plot(70, 300).axes[0]
     assert axis.images[0].get_extent() == [0, 3 * 128, 230 + 2 * 64, 230]
     assert axis.get_xlim() == (0, 300) and axis.get_ylim() == (300, 230)

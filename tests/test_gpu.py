@@ -240,7 +240,7 @@ def test_offsets_beyond_two_billion_elements(backend):
     query = torch.randn(1, heads, 16, 128, dtype=torch.float16, device="cuda")
     blocks = torch.tensor([0, 5000, length // 64 - 1], dtype=torch.int32, device="cuda")
     listed = BlockIndex(blocks.view(1, 1, 1, 3), blocks.new_full((1, 1, 1), 3), 16, 64)
-    out, _ = attend(query, key, key, *listed, False, backend=backend)
+    out, _ = attend(query, key, key, *listed.blocks, False, backend=backend)
     tokens = (blocks[:, None] * 64 + torch.arange(64, device="cuda")).flatten()
     keys = key[0, -1, tokens].double()
     weights = (query[0, -1].double() @ keys.T / 128**0.5).softmax(-1)

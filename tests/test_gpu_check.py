@@ -100,7 +100,7 @@ def test_what_fails_is_reported_and_left_out(tmp_path):
     def broken():
         raise RuntimeError("no kernel image")
 
-    exact = lambda: op.default(query, key, value, *BlockIndex.full(100, 100))[0]  # noqa: E731
+    exact = lambda: op.default(query, key, value, *BlockIndex.full(100, 100).blocks)[0]  # noqa: E731
     alternatives = {"good": exact, "broken": broken, "wrong": lambda: exact() * 1.1}
     assert set(checked(context, alternatives, query, key, value)) == {"good"}
     notes = [json.loads(line) for line in context.file.read_text().splitlines()]
@@ -150,12 +150,12 @@ def test_the_sampled_check_sees_a_wrong_block():
     query, key, value = inputs(Shape(Tq=300, Tk=300, Hq=4, Hkv=2))
     index, share = random_index(300, 4, 0.6, "cpu", 64)
     assert 0.2 < share <= 1
-    out, _ = op(query, key, value, *index, True, 5, 40)
+    out, _ = op(query, key, value, *index.blocks, True, 5, 40)
     assert rows_error(query, key, value, out, index, 5, 40) < 1e-5
     assert rows_error(query, key, value, out, index, 5, 0) > 1e-2
     assert rows_error(query, key, value, out) > 1e-2
     assert rows_error(query, key, value, out * float("nan"), index, 5, 40) == float("inf")
-    assert rows_error(query, key, value, op(query, key, value, *index)[0], index) < 1e-5
+    assert rows_error(query, key, value, op(query, key, value, *index.blocks)[0], index) < 1e-5
 
 
 def test_goals():

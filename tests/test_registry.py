@@ -208,7 +208,7 @@ def test_compile_and_export():
 
 
 OPERATORS = {
-    "block_sparse_attention": lambda q, k, v: op(q, k, v, *Dense().select(q, k).index, sink=150),
+    "block_sparse_attention": lambda q, k, v: op(q, k, v, *Dense().select(q, k).blocks, sink=150),
     "flex_prefill_select": lambda q, k, v: select.op(q, k, 0.6, 0.0, 16, None, 16)[1:],
     "flex_prefill_attention": lambda q, k, v: fused.op(q, k, v, 0.6, 0.0, 16, None, 16),
     "attention": lambda q, k, v: named.op.default(q, k, v, "flex_prefill", '{"gamma": 0.6}'),

@@ -105,7 +105,8 @@ def inputs(shape: tuple, dtype: torch.dtype) -> tuple[Any, ...]:
                         (n_keys, key_heads, value_dim))
     )  # fmt: skip
     mask = torch.rand(batch, list_heads, -(-n_queries // q_block), -(-n_keys // kv_block)) < 0.4
-    return query, key, value, *BlockIndex.from_mask(mask, q_block, kv_block), causal, sink, window
+    index = BlockIndex.from_mask(mask, q_block, kv_block)
+    return query, key, value, *index.blocks, causal, sink, window
 
 
 def attention(context: Context, backend: str, shape: tuple, dtype: torch.dtype) -> str | None:

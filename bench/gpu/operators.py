@@ -47,8 +47,10 @@ def run(context: Context) -> None:
     half = n // 2
     query, key, value = tensors(context, half, half, heads, key_heads)
     index, _ = random_index(half, heads, 0.25, context.device)
-    backward(context, f"backward {half}, a quarter", query, key, value, *index)
-    backward(context, f"backward {half}, sink+window", query, key, value, *index, True, 4, 512)
+    backward(context, f"backward {half}, a quarter", query, key, value, *index.blocks)
+    backward(
+        context, f"backward {half}, sink+window", query, key, value, *index.blocks, True, 4, 512
+    )
 
 
 def attention(
@@ -65,7 +67,7 @@ def attention(
         error = rows_error(query, key, value, out, index, sink, window)
         return None if error <= TOLERANCE else f"relative error {error:.3g}"
 
-    compare(context, what, attend, (query, key, value, *index, True, sink, window), wrong)
+    compare(context, what, attend, (query, key, value, *index.blocks, True, sink, window), wrong)
 
 
 def sale(context: Context, n: int, query: torch.Tensor, key: torch.Tensor) -> None:

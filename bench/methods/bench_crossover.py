@@ -46,7 +46,7 @@ def measure(
     """Adds dense time / method time for one size; defaults of the method, in tokens of the call."""
     config = METHODS[name]()
     out, stats = attention(query, key, value, config, fallback=False, return_stats=True)
-    index, sink, window = config.select(query, key)
+    index = config.select(query, key)
     # the last query blocks: all of them would take the reference long
     blocks = 128 // index.q_block
     rows = slice((-(-query.shape[2] // index.q_block) - blocks) * index.q_block, None)
@@ -54,7 +54,8 @@ def measure(
         indices=index.indices[:, :, -blocks:], counts=index.counts[:, :, -blocks:]
     )
     last = query[:, :, rows]
-    want, _ = attend(last, key, value, *part, True, sink, window, backend="reference")
+    args = (last, key, value, *part.blocks, True, part.sink, part.window)
+    want, _ = attend(*args, backend="reference")
     check(what, out[:, :, rows], want, 1e-2)
     seconds = time_in_turn(
         {

@@ -10,7 +10,6 @@ import torch.nn.functional as F
 
 from sparse_attn import HiP, InfiniteHiP, attention
 from sparse_attn.block_index import BlockIndex
-from sparse_attn.methods import Selection
 
 from ..harness import Report, check, time_in_turn
 from ..inputs import gen, locality
@@ -99,10 +98,10 @@ def end_to_end(report: Report, query: torch.Tensor, key: torch.Tensor, value: to
     }
     kept = {}
     for config in CONFIGS:
-        selection = config.select(query, key)
-        kept[config] = recall(masses, selection)
+        index = config.select(query, key)
+        kept[config] = recall(masses, index)
         got = attention(query, key, value, config, fallback=False)[:, :, -64:]
-        check(str(config), got, last_rows(selection, last, key, value), 1e-2)
+        check(str(config), got, last_rows(index, last, key, value), 1e-2)
         alternatives[config] = lambda c=config: attention(query, key, value, c, fallback=False)
     seconds = time_in_turn(alternatives, 1)
     for config in CONFIGS:
@@ -120,11 +119,11 @@ def end_to_end(report: Report, query: torch.Tensor, key: torch.Tensor, value: to
 
 
 def last_rows(
-    selection: Selection, last: torch.Tensor, key: torch.Tensor, value: torch.Tensor
+    index: BlockIndex, last: torch.Tensor, key: torch.Tensor, value: torch.Tensor
 ) -> torch.Tensor:
-    """What the reference makes of the last query block of a selection."""
+    """What the reference makes of the last query block of an index."""
     from sparse_attn.ops.block_sparse_attention import op
 
-    index, sink, window = selection
-    part = BlockIndex(index.indices[:, :, -1:], index.counts[:, :, -1:], *index[2:])
-    return op(last, key, value, *part, True, sink, window, backend="reference")[0]
+    part = (index.indices[:, :, -1:], index.counts[:, :, -1:], index.q_block, index.kv_block)
+    args = (last, key, value, *part, True, index.sink, index.window)
+    return op(*args, backend="reference")[0]

@@ -45,7 +45,7 @@ def sparsest(
     recalls, densities = [], []
     for threshold in THRESHOLDS:
         index = select(query, key, Sale(threshold=threshold))
-        _, got = attend(query, key, value, *index)
+        _, got = attend(query, key, value, *index.blocks)
         recalls.append((got - lse).exp()[0].mean(-1))
         densities.append(index.counts[0].float().mean(-1))
     recall, density = torch.stack(recalls), torch.stack(densities)
@@ -73,7 +73,7 @@ def end_to_end(
     dense, lse = attention(query, key, value, "dense", return_lse=True)
     config = sparsest(query, key, value, lse)
     index = select(query, key, config)
-    out, got = attend(query, key, value, *index)
+    out, got = attend(query, key, value, *index.blocks)
     recall = (got - lse).exp().mean().item()  # the share of the softmax sum that was kept
     wide_key, wide_value = (x.repeat_interleave(4, 1) for x in (key, value))
     sdpa = lambda: F.scaled_dot_product_attention(  # noqa: E731

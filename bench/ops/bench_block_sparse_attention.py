@@ -38,13 +38,13 @@ def prefill(report: Report, dtype: torch.dtype) -> None:
     full = BlockIndex.full(TOKENS, TOKENS, 64, 64)
     sparse = {share: random_index(share, 64) for share in (0.1, 0.25, 0.5)}
     want = F.scaled_dot_product_attention(query, key, value, is_causal=True)
-    check(f"dense {name}", op(query, key, value, *full)[0], want, 1e-2)
+    check(f"dense {name}", op(query, key, value, *full.blocks)[0], want, 1e-2)
     alternatives = {
         "sdpa": lambda: F.scaled_dot_product_attention(query, key, value, is_causal=True),
-        "dense": lambda: op(query, key, value, *full),
+        "dense": lambda: op(query, key, value, *full.blocks),
     }
     for share, index in sparse.items():
-        alternatives[f"{share}"] = lambda index=index: op(query, key, value, *index)
+        alternatives[f"{share}"] = lambda index=index: op(query, key, value, *index.blocks)
     seconds = time_in_turn(alternatives, 5)
     flops = 2 * HEADS * TOKENS**2 * DIM
     report.add(
@@ -71,12 +71,15 @@ def flex(report: Report) -> None:
     mask = index.to_flex(TOKENS, TOKENS)
     compiled = torch.compile(flex_attention)
     check(
-        "flex", compiled(query, key, value, block_mask=mask), op(query, key, value, *index)[0], 2e-2
+        "flex",
+        compiled(query, key, value, block_mask=mask),
+        op(query, key, value, *index.blocks)[0],
+        2e-2,
     )
     seconds = time_in_turn(
         {
             "flex": lambda: compiled(query, key, value, block_mask=mask),
-            "ours": lambda: op(query, key, value, *index),
+            "ours": lambda: op(query, key, value, *index.blocks),
         },
         5,
     )

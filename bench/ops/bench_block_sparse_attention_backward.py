@@ -34,9 +34,9 @@ def gradients(report: Report, dtype: torch.dtype) -> None:
     indices |= {share: random_index(share, 64, TOKENS) for share in (0.1, 0.25)}
     alternatives = {"sdpa": of_dense, "forward": lambda: attend(query, key, value, *indices[1.0])}
     for share, index in indices.items():
-        states = attend(query, key, value, *index)
+        states = attend(query, key, value, *index.blocks)
         alternatives[f"{share}"] = lambda index=index, states=states: op(
-            grad, None, query, key, value, *states, *index
+            grad, None, query, key, value, *states, *index.blocks
         )
     for what, got, want in zip("qkv", alternatives["1.0"](), of_dense(), strict=True):
         check(f"d{what} {name}", got, want, 2e-2)

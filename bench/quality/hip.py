@@ -16,19 +16,17 @@ import torch
 
 from bench.inputs import gen, locality
 from bench.recall import attention_mass, best_recall, recall
-from sparse_attn import HiP, InfiniteHiP
-from sparse_attn.block_index import BlockIndex
-from sparse_attn.methods import Selection
+from sparse_attn import BlockIndex, HiP, InfiniteHiP
 
 RESULTS = Path(__file__).parents[1] / "results"
 BUDGETS = (128, 256, 512, 1024, 2048)
 SINK, WINDOW, BLOCK = 16, 256, 64
 
 
-def window_only(query: torch.Tensor, tokens: int) -> Selection:
+def window_only(query: torch.Tensor, tokens: int) -> BlockIndex:
     rows = -(-query.shape[2] // BLOCK)
     nothing = torch.zeros(1, 1, rows, 0, dtype=torch.int32), torch.zeros(1, 1, rows).int()
-    return Selection(BlockIndex(*nothing, BLOCK, 2), SINK, WINDOW + tokens)
+    return BlockIndex(*nothing, BLOCK, 2, SINK, WINDOW + tokens)
 
 
 def stages(budget: int, merge: str) -> InfiniteHiP:

@@ -67,21 +67,21 @@ def measure(query, key, best_blocks, best_pairs, chunk=512):
     """For one layer: {line: [(parameter, density, mass kept)]}, means over heads and rows."""
     n_keys, groups = key.shape[2], query.shape[1] // key.shape[1]
     heads = query.shape[1]
-    selections = {
+    indices = {
         (name, value): METHODS[name](**{field: value}, **fixed).select(query, key)
         for name, (field, values, fixed) in SWEEPS.items()
         if name in METHODS
         for value in values
     }
-    pairs, mass_kept = dict.fromkeys(selections, 0.0), dict.fromkeys(selections, 0.0)
+    pairs, mass_kept = dict.fromkeys(indices, 0.0), dict.fromkeys(indices, 0.0)
     keys = key[0].float().repeat_interleave(groups, 0)
     for begin in range(0, n_keys, chunk):
         rows = torch.arange(begin, begin + chunk)
         scores = query[0, :, begin : begin + chunk].float() @ keys.mT / query.shape[3] ** 0.5
         later = torch.arange(n_keys) > rows[:, None]
         mass = scores.masked_fill_(later, -torch.inf).softmax(-1)
-        for which, selection in selections.items():
-            mask = allowed(selection, rows, n_keys, n_keys)[0]
+        for which, index in indices.items():
+            mask = allowed(index, rows, n_keys, n_keys)[0]
             mask = mask.repeat_interleave(heads // mask.shape[0], 0)
             pairs[which] += mask.sum().item()
             mass_kept[which] += mass.masked_fill(~mask, 0).sum().item()

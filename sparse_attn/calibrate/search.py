@@ -52,8 +52,8 @@ class Trials:
         tried = self.layers.setdefault(layer, [])
         for option in self.values:
             config = dataclasses.replace(self.config, **{self.field: option})
-            selection = config.select(query, key, causal=causal, scale=scale)
-            kept, pairs = mass.kept(query, key, selection, scale)
+            index = config.select(query, key, causal=causal, scale=scale)
+            kept, pairs = mass.kept(query, key, index, scale)
             tried.append(Trial(option, kept.tolist(), pairs.tolist()))
         return api.attention(query, key, value, Dense(), causal=causal, scale=scale)
 

@@ -151,12 +151,12 @@ def picture(probes: dict[str, Probe], out: Path) -> None:
         layer = min(PICTURE_LAYER, len(probe.recorded) - 1)
         query, key = probe.recorded[layer]
         try:
-            selection = probe.config.select(query, key)
+            index = probe.config.select(query, key)
         except NotImplementedError as error:  # a method without a list of blocks
             print(f"no picture: {error}")
             continue
-        whole, part = mass.cells(query, key, selection)
-        shares, _ = mass.kept(query, key, selection)
+        whole, part = mass.cells(query, key, index)
+        shares, _ = mass.kept(query, key, index)
         names = [f"head {h}: {share:.1%} kept" for h, share in enumerate(shares.tolist())]
         title = (
             f"{name}: heads of layer {layer} (of 0–{len(probe.recorded) - 1}), "

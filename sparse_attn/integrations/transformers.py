@@ -105,8 +105,8 @@ def register_function(
 
         def part(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
             if window is not None:
-                nothing = Dense().select(query, key).index
-                args = (query, key, value, *nothing, True, 0, window, scaling)
+                nothing = Dense().select(query, key)
+                args = (query, key, value, *nothing.blocks, True, 0, window, scaling)
                 return block_sparse_attention(*args, backend=backend)[0]
             return attend(query, key, value, layer=layer, causal=causal, scale=scaling)
 

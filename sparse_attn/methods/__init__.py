@@ -9,20 +9,12 @@ from __future__ import annotations
 
 from importlib import import_module
 from pkgutil import iter_modules
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 import torch
 
 from ..block_index import BlockIndex
 from ..registry import Op
-
-
-class Selection(NamedTuple):
-    """What a selector hands to `block_sparse_attention`."""
-
-    index: BlockIndex
-    sink: int = 0
-    window: int = 0
 
 
 class Method(Protocol):
@@ -46,8 +38,8 @@ class Method(Protocol):
         causal: bool = True,
         scale: float | None = None,
         backend: str | None = None,
-    ) -> Selection:
-        """Which blocks to attend to."""
+    ) -> BlockIndex:
+        """Which keys to attend to."""
 
 
 METHODS: dict[str, Any] = {}

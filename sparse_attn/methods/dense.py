@@ -9,7 +9,6 @@ import torch
 
 from ..block_index import BlockIndex
 from ..registry import Op
-from . import Selection
 
 
 @dataclass(frozen=True)
@@ -34,12 +33,12 @@ class Dense:
         causal: bool = True,
         scale: float | None = None,
         backend: str | None = None,
-    ) -> Selection:
+    ) -> BlockIndex:
         # no block is listed: a sink as long as the keys says the same without a list
         blocks = (query.shape[2] + 127) // 128
         indices = query.new_empty((query.shape[0], 1, blocks, 0), dtype=torch.int32)
         counts = query.new_zeros((query.shape[0], 1, blocks), dtype=torch.int32)
-        return Selection(BlockIndex(indices, counts, 128, 128), sink=key.shape[2])
+        return BlockIndex(indices, counts, 128, 128, sink=key.shape[2])
 
 
 METHOD = Dense

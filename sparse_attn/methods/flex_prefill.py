@@ -10,7 +10,6 @@ import torch
 from ..block_index import BlockIndex
 from ..ops import flex_prefill_select as ops
 from ..registry import Op
-from . import Selection
 
 
 @dataclass(frozen=True)
@@ -62,10 +61,10 @@ class FlexPrefill:
         causal: bool = True,
         scale: float | None = None,
         backend: str | None = None,
-    ) -> Selection:
+    ) -> BlockIndex:
         op, args = self.selector(query, key, causal, scale)
         indices, counts, _ = op(*args, backend=backend)
-        return Selection(BlockIndex(indices, counts, self.block_size, self.block_size))
+        return BlockIndex(indices, counts, self.block_size, self.block_size)
 
 
 METHOD = FlexPrefill

@@ -13,7 +13,6 @@ from ..ops import hip_select as ops
 from ..ops._hip_kernels import n_tokens
 from ..ops.block_sparse_attention import op as attend
 from ..registry import Op
-from . import Selection
 
 
 @dataclass(frozen=True)
@@ -86,11 +85,10 @@ class HiP:
         backend: str | None = None,
         block_table: torch.Tensor | None = None,
         kv_lengths: torch.Tensor | None = None,
-    ) -> Selection:
+    ) -> BlockIndex:
         op, args = self.selector(query, key, causal, scale, block_table, kv_lengths)
         indices, counts = op(*args, backend=backend)
-        index = BlockIndex(indices, counts, self.q_block, self.kv_block)
-        return Selection(index, self.sink, self.window)
+        return BlockIndex(indices, counts, self.q_block, self.kv_block, self.sink, self.window)
 
 
 class HiPState:
@@ -164,16 +162,15 @@ class HiPState:
         kv_lengths: torch.Tensor | None = None,
     ) -> None:
         """Makes a new choice, in the memory of the old one where it has the same shape."""
-        chosen = self.config.select(
+        old, new = self.index, self.config.select(
             query.detach(), key.detach(), scale=scale, backend=backend, block_table=block_table,
             kv_lengths=kv_lengths,
         )  # fmt: skip
-        new, old = chosen.index, self.index
         if old is not None and old.indices.shape == new.indices.shape:
             old.indices.copy_(new.indices)
             old.counts.copy_(new.counts)
         else:
-            self.index = new
+            self.index = new._replace(window=self.window)
         self.age, self._keys = 0, n_tokens(key, block_table)
 
     def attend(
@@ -191,7 +188,7 @@ class HiPState:
         if self.index is None:
             raise RuntimeError("nothing has been chosen yet: call search() or attention() first")
         return attend(
-            query, key, value, *self.index, True, self.config.sink, self.window, scale,
+            query, key, value, *self.index.blocks, True, self.index.sink, self.index.window, scale,
             block_table, kv_lengths, backend=backend,
         )  # fmt: skip
 

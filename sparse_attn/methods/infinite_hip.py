@@ -10,7 +10,6 @@ import torch
 from ..block_index import BlockIndex
 from ..ops import hip_prune_select as ops
 from ..registry import Op
-from . import Selection
 
 
 @dataclass(frozen=True)
@@ -79,11 +78,10 @@ class InfiniteHiP:
         backend: str | None = None,
         block_table: torch.Tensor | None = None,
         kv_lengths: torch.Tensor | None = None,
-    ) -> Selection:
+    ) -> BlockIndex:
         op, args = self.selector(query, key, causal, scale, block_table, kv_lengths)
         indices, counts = op(*args, backend=backend)
-        index = BlockIndex(indices, counts, self.q_block, self.chunks[-1])
-        return Selection(index, self.sink, self.window)
+        return BlockIndex(indices, counts, self.q_block, self.chunks[-1], self.sink, self.window)
 
 
 METHOD = InfiniteHiP

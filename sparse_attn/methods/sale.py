@@ -14,7 +14,6 @@ from ..ops import _checks as check
 from ..ops import _sale as sale
 from ..ops import sale_select as ops
 from ..registry import Op
-from . import Selection
 
 
 @dataclass(frozen=True)
@@ -107,14 +106,14 @@ class Sale:
         scale: float | None = None,
         backend: str | None = None,
         key_mean: torch.Tensor | None = None,
-    ) -> Selection:
+    ) -> BlockIndex:
         """As every method's; `key_mean`, float32 [B, Hkv, D]: frozen mean of the keys.
 
         For prefill in chunks: with one mean for all of them the codes of a whole block of keys do
         not change from chunk to chunk. None: the mean of the keys of this call.
         """
         op, args = self.selector(query, key, causal, scale, key_mean)
-        return Selection(BlockIndex(*op(*args, backend=backend), self.q_block, self.kv_block))
+        return BlockIndex(*op(*args, backend=backend), self.q_block, self.kv_block)
 
 
 def _read(path: str | Path) -> dict[str, Any]:

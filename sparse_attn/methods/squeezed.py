@@ -11,7 +11,6 @@ from ..block_index import BlockIndex
 from ..ops.squeezed_lookup import op as lookup
 from ..reference.squeezed_attend import token_mask
 from ..registry import Op
-from . import Selection
 
 if TYPE_CHECKING:
     from ..squeezed import SqueezedLayer
@@ -88,7 +87,7 @@ class Squeezed:
         causal: bool = True,
         scale: float | None = None,
         backend: str | None = None,
-    ) -> Selection:
+    ) -> BlockIndex:
         if not self.context.has_scale(scale):
             own = self.context.own_scale
             given = "1 / sqrt(D)" if scale is None else scale
@@ -106,12 +105,9 @@ class Squeezed:
         mask = torch.cat([by_position, near], -1)[:, :, None]
         index = BlockIndex.from_mask(mask, Q_BLOCK, 1)
         rows = -(-query.shape[2] // Q_BLOCK)
-        return Selection(
-            BlockIndex(
-                index.indices.expand(-1, -1, rows, -1), index.counts.expand(-1, -1, rows),
-                Q_BLOCK, 1,
-            )
-        )  # fmt: skip
+        return BlockIndex(
+            index.indices.expand(-1, -1, rows, -1), index.counts.expand(-1, -1, rows), Q_BLOCK, 1
+        )
 
 
 METHOD = Squeezed

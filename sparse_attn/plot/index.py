@@ -19,7 +19,7 @@ def plot_index(
         from matplotlib.patches import Patch
     except ImportError as error:
         raise ImportError("plot needs matplotlib: pip install 'sparse_attn[plot]'") from error
-    mask = index.to_mask(n_keys)[batch].cpu()
+    mask = index.computed(n_queries, n_keys, causal)[batch].cpu()
     visible = index.full(n_queries, n_keys, index.q_block, index.kv_block).to_mask(n_keys)[0, 0]
     if not causal:
         visible = visible | True

@@ -7,7 +7,7 @@ from sparse_attn import HiP, InfiniteHiP
 from sparse_attn.crossover import dense_is_faster
 from sparse_attn.methods.hip import HiPState
 from sparse_attn.ops.block_sparse_attention import op as attend
-from sparse_attn.reference.block_sparse_attention import token_mask
+from sparse_attn.reference.block_sparse_attention import block_mask, token_mask
 from tests import hip
 from tests.cases import Shape
 
@@ -48,10 +48,9 @@ def test_a_prompt_shorter_than_sink_and_window_is_dense(backend):
 def test_odd_budgets_keep_what_they_say():
     query, key, _ = tensors(Tq=64, Tk=900)
     for budget, blocks in ((1, 1), (2, 1), (37, 19), (100, 50), (333, 167)):
-        selection = HiP(budget=budget).select(query, key)
-        selection.index.validate(64, 900)
-        assert (selection.index.counts == blocks).all()
-        assert (selection.sink, selection.window) == (16, 256)
+        index = HiP(budget=budget).select(query, key)
+        index.validate(64, 900)
+        assert (index.counts == blocks).all() and (index.sink, index.window) == (16, 256)
 
 
 # ---- recall ------------------------------------------------------------------------------------
@@ -70,7 +69,9 @@ def mass_per_key(query, key, sink=64, window=256):
 
 def kept(near, far, index):
     """Share of the attention mass, mean over heads, that an index with sink and window keeps."""
-    mask = index.to_mask(far.shape[1])[0, :, 0].repeat_interleave(index.kv_block, -1)
+    mask = block_mask(*index[:2], -(-far.shape[1] // index.kv_block))[0, :, 0].repeat_interleave(
+        index.kv_block, -1
+    )
     return (near + (far * mask[:, : far.shape[1]]).sum(-1)).mean().item()
 
 
@@ -93,7 +94,7 @@ def test_recall_on_keys_that_are_alike(length, budget):
     for seed in range(4):
         query, key = (torch.from_numpy(x).transpose(1, 2) for x in locality(seed, 8192, length))
         near, far = mass_per_key(query, key)
-        index = HiP(budget=budget, sink=64).select(query, key).index
+        index = HiP(budget=budget, sink=64).select(query, key)
         found.append(kept(near, far, index))
         possible.append(best(near, far, budget, 2))
     found, possible = sum(found) / 4, sum(possible) / 4
@@ -108,7 +109,7 @@ def test_four_branches_find_more_than_two():
         query, key = (torch.from_numpy(x).transpose(1, 2) for x in locality(seed, 8192, 1))
         near, far = mass_per_key(query, key)
         for branch in kept_by:
-            index = HiP(budget=1024, sink=64, branch=branch).select(query, key).index
+            index = HiP(budget=1024, sink=64, branch=branch).select(query, key)
             kept_by[branch] += kept(near, far, index) / 4
     assert kept_by[4] > kept_by[2] + 0.05, kept_by
 
@@ -118,7 +119,7 @@ def test_a_larger_budget_keeps_more():
     last = query[:, :, -64:]
     key = key.repeat_interleave(2, 1)
     near, far = mass_per_key(last, key, sink=16)
-    found = [kept(near, far, HiP(budget=b).select(last, key).index) for b in (64, 256, 1024, 2048)]
+    found = [kept(near, far, HiP(budget=b).select(last, key)) for b in (64, 256, 1024, 2048)]
     assert all(a < b for a, b in zip(found, found[1:], strict=False)), found
 
 
@@ -150,7 +151,7 @@ def test_a_hot_key_stays_visible_while_a_choice_ages(backend, refresh):
         ages.append(state.age)
         assert weight_of(out) > 0.6, f"step {step}"
         if state.age >= 4:  # without the wider window it would be gone
-            without, _ = attend(*args, *state.index, True, 4, 32, backend=backend)
+            without, _ = attend(*args, *state.index.blocks, True, 4, 32, backend=backend)
             assert weight_of(without) < 0.01
     assert ages == [step % refresh for step in range(12)]
 
@@ -314,7 +315,7 @@ def test_the_sink_and_the_window_are_attended_to():
     query, key, value = tensors(Tq=64, Tk=700)
     config = HiP(budget=64, sink=20, window=50)
     out = run(query, key, value, config, backend="reference")
-    index = config.select(query, key).index
+    index = config.select(query, key)
     mask = token_mask(
         index.indices, index.counts, slice(0, 64), (2, 1, 64, 700), 64, 2, True, 20, 50
     )

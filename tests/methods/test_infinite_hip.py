@@ -40,7 +40,7 @@ def test_recall_on_keys_that_are_alike(length):
         near, far = mass_per_key(query, key)
         possible += best(near, far, 1024, 8) / 4
         for merge in found:
-            index = InfiniteHiP(**SMALL, merge_heads=merge).select(query, key).index
+            index = InfiniteHiP(**SMALL, merge_heads=merge).select(query, key)
             found[merge] += kept(near, far, index) / 4
     apart, merged = MISSED[length]
     assert found["none"] >= possible - apart, (found, possible)
@@ -51,10 +51,10 @@ def test_recall_on_keys_that_are_alike(length):
 def test_lists_are_legal_and_as_long_as_the_budget():
     query, key = hip.smooth_keys(Shape(Hq=4, Hkv=2, Tq=100, Tk=3000))
     for merge, heads in (("none", 4), ("group", 2), ("all", 1)):
-        selection = InfiniteHiP(**SMALL, merge_heads=merge).select(query, key)
-        selection.index.validate(100, 3000)
-        assert selection.index.indices.shape == (1, heads, 2, 128)
-        assert selection.index.kv_block == 8 and (selection.sink, selection.window) == (64, 256)
+        index = InfiniteHiP(**SMALL, merge_heads=merge).select(query, key)
+        index.validate(100, 3000)
+        assert index.indices.shape == (1, heads, 2, 128)
+        assert index.kv_block == 8 and (index.sink, index.window) == (64, 256)
 
 
 @pytest.mark.parametrize(

@@ -108,7 +108,7 @@ def test_chunked_prefill_with_a_frozen_mean_of_the_keys():
         part, part_steps, _ = quantize(k, mean, "key")
         assert torch.equal(part, codes[:, :, :end])
         assert torch.equal(part_steps, steps[:, :, : end // 8])
-        index = config.select(q, k, key_mean=mean).index
+        index = config.select(q, k, key_mean=mean)
         want = sale_select(q, k, torch.tensor(config.threshold), key_mean=mean)
         assert all(torch.equal(x, y) for x, y in zip(index[:2], want, strict=True))
         outs.append(sparse_attn.attention(q, k, v, index=index))

@@ -16,6 +16,7 @@ from tests.cases import (
     FLOOR,
     RUNS,
     TRITON,
+    Lists,
     Shape,
     assert_as_accurate,
     call,
@@ -155,7 +156,7 @@ def any_shape(run, data, longest, dtypes):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_no_block_and_dense(run, dtype):
     shape = Shape(Tq=140, Tk=150, Hi=1)
-    empty = BlockIndex(torch.empty(1, 1, 3, 0, dtype=torch.int32),
+    empty = Lists(torch.empty(1, 1, 3, 0, dtype=torch.int32),
                        torch.zeros(1, 1, 3, dtype=torch.int32), 64, 64)  # fmt: skip
     check(run, shape, dtype, listed=empty)
     check(run, shape, dtype, listed=empty, sink=150)
@@ -168,7 +169,7 @@ def test_extreme_logits(run, dtype):
     """Logits of about +-1e4: no overflow, no NaN, the largest key wins."""
     query, key, value = inputs(Shape(Tq=64, Tk=300, Hi=1), dtype)
     query, key = query.sign() * 12, key.sign() * 12
-    listed = BlockIndex.full(64, 300, 64, 64)
+    listed = BlockIndex.full(64, 300, 64, 64).blocks
     args = (query, key, value, *listed, True, 0, 0, 1.0)
     exact, exact_lse = op(*(x.double() for x in args[:3]), *args[3:])
     out, lse = call(op, run, *args)
@@ -183,7 +184,7 @@ def test_extreme_logits(run, dtype):
 def test_nan_and_infinity_show(run, dtype, queries):
     """A row that sees a score of NaN or +infinity is NaN, as in dense attention, never 0."""
     query, key, value = inputs(Shape(Tq=queries, Tk=70, Hi=1), dtype)
-    listed = BlockIndex.full(queries, 70, 64, 64)
+    listed = BlockIndex.full(queries, 70, 64, 64).blocks
     for changed, entry, row in (
         ("query", (0, 0, -1), (0, 0, -1)),
         ("key", (0, 0, 0), (0, slice(None), slice(None))),
@@ -213,8 +214,8 @@ def test_strides_and_determinism(run):
         two = call(op, run, q, k, v, *listed)
         assert torch.equal(one[0], two[0]) and torch.equal(one[1], two[1])
     shared = [x[:1].expand(2, -1, -1, -1) for x in (query, key, value)]
-    first = BlockIndex(listed.indices[:1], listed.counts[:1], 32, 32)
-    both = BlockIndex(*(x[:1].expand(2, *x.shape[1:]) for x in listed[:2]), 32, 32)
+    first = Lists(listed.indices[:1], listed.counts[:1], 32, 32)
+    both = Lists(*(x[:1].expand(2, *x.shape[1:]) for x in listed[:2]), 32, 32)
     out = call(op, run, *shared, *both)[0]
     assert torch.equal(out[0], out[1])
     alone = call(op, run, *(x[:1] for x in shared), *first)[0]
@@ -238,7 +239,7 @@ def test_threads_do_not_change_the_result(threads):
 def test_rows_see_only_their_keys(backend):
     """Keys above the diagonal may hold anything finite: they never reach a row."""
     query, key, value = inputs(Shape(Tq=64, Tk=64), torch.bfloat16)
-    listed = BlockIndex.full(64, 64, 64, 64)
+    listed = Lists(*BlockIndex.full(64, 64, 64, 64).blocks)
     before = call(op, backend, query, key, value, *listed)[0][:, :, :40]
     key, value = key.clone(), value.clone()
     key[:, :, 40:], value[:, :, 40:] = 1e4, -1e4
@@ -265,7 +266,7 @@ def test_a_list_out_of_order_stays_inside_the_keys(run):
     lists = ([3, -9, 2**31 - 1, 0], [9, 1, 8, 0])
     for wrong, counts in itertools.product(lists, (4, 2**30, -5)):
         ids = torch.tensor(wrong, dtype=torch.int32).expand(1, 1, 3, 4).contiguous()
-        listed = BlockIndex(ids, torch.full((1, 1, 3), counts, dtype=torch.int32), 64, 64)
+        listed = Lists(ids, torch.full((1, 1, 3), counts, dtype=torch.int32), 64, 64)
         out, _ = call(op, run, *inputs(shape, torch.bfloat16), *listed, sink=3)
         assert out.isfinite().all()
 

@@ -16,6 +16,7 @@ from tests.cases import (
     FLOOR,
     RUNS,
     TRITON,
+    Lists,
     Shape,
     assert_as_accurate,
     call,
@@ -49,7 +50,7 @@ def dense_gradients(grad_out, grad_lse, query, key, value, out, lse, indices, co
                     kv_block, *options):  # fmt: skip
     """PyTorch's own gradients of attention as written, in the inputs' dtype."""
     leaves = [x.detach().requires_grad_() for x in (query, key, value)]
-    results = dense_in_dtype(*leaves, BlockIndex(indices, counts, q_block, kv_block), *options)
+    results = dense_in_dtype(*leaves, Lists(indices, counts, q_block, kv_block), *options)
     seen = lse.isfinite()  # a row without keys has no gradient, where autograd finds NaN
     total = (results[0].float() * grad_out.float())[seen].sum()
     if grad_lse is not None:
@@ -133,7 +134,7 @@ def test_any_shape(run, data):
 @pytest.mark.parametrize("run", RUNS, ids=str)
 def test_no_block_and_dense(run):
     shape = Shape(Tq=100, Tk=110, Hi=1)
-    empty = BlockIndex(torch.empty(1, 1, 2, 0, dtype=torch.int32),
+    empty = Lists(torch.empty(1, 1, 2, 0, dtype=torch.int32),
                        torch.zeros(1, 1, 2, dtype=torch.int32), 64, 64)  # fmt: skip
     for options in ({}, {"sink": 110}, {"causal": False, "window": 9}):
         check(run, shape, torch.bfloat16, listed=empty, **options)
@@ -254,7 +255,7 @@ def test_extreme_logits(backend):
     """Logits of about +-1e4: no overflow, no NaN."""
     query, key, value = inputs(Shape(Tq=40, Tk=50, Hi=1))
     query, key = query.sign() * 12, key.sign() * 12
-    listed = BlockIndex.full(40, 50, 64, 64)
+    listed = BlockIndex.full(40, 50, 64, 64).blocks
     args = (query, key, value, *listed, True, 0, 0, 1.0)
     out, lse = call(attend, backend, *args)
     assert lse.abs().max() > 3000
@@ -272,7 +273,7 @@ def test_a_list_out_of_order_stays_inside_the_tensors():
     query, key, value = inputs(shape)
     out, lse = torch.randn_like(query), torch.zeros(1, 2, 40)
     for counts in (4, 2**30, -5):
-        listed = BlockIndex(wrong, torch.full((1, 1, 3), counts, dtype=torch.int32), 16, 16)
+        listed = Lists(wrong, torch.full((1, 1, 3), counts, dtype=torch.int32), 16, 16)
         grads = call(op, TRITON, out, None, query, key, value, out, lse, *listed, sink=3)
         assert all(x.isfinite().all() for x in grads)
 
@@ -397,7 +398,7 @@ def test_fine_tuning(method):
 
 def test_transpose():
     shape = Shape(B=2, Hq=4, Hi=4, Tq=100, Tk=90, q_block=7, kv_block=9)
-    listed = index(shape)
+    listed = BlockIndex(*index(shape))
     offsets, rows = listed.transpose(90)
     mask = listed.to_mask(90)
     assert offsets.shape == (2, 4, 11) and rows.dtype == offsets.dtype == torch.int32

@@ -334,11 +334,11 @@ def test_attention_passes_a_cache_on():
     arguments = legal()
     listed = BlockIndex(*(arguments.pop(n) for n in ("indices", "counts", "q_block", "kv_block")))
     query, key, value = (arguments.pop(n) for n in ("query", "key", "value"))
-    want = op(query, key, value, *listed, **arguments)[0]
+    want = op(query, key, value, *listed.blocks, **arguments)[0]
     got = sparse_attn.attention(query, key, value, index=listed, **arguments)
     assert torch.equal(got, want)
     whole = BlockIndex.full(20, 128, 64, 64).expand(2)
-    want = op(query, key, value, *whole, causal=False, **arguments)
+    want = op(query, key, value, *whole.blocks, causal=False, **arguments)
     got, lse, stats = sparse_attn.attention(
         query, key, value, "dense", causal=False, return_lse=True, return_stats=True, **arguments
     )

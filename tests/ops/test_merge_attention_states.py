@@ -52,11 +52,12 @@ def test_joins_disjoint_keys(run, dtype):
     mask = whole.to_mask(192)
     parts = [torch.tensor([True, False, True]), torch.tensor([False, True, False])]
     results = [
-        attend(query, key, value, *BlockIndex.from_mask(mask & part, 64, 64)) for part in parts
+        attend(query, key, value, *BlockIndex.from_mask(mask & part, 64, 64).blocks)
+        for part in parts
     ]
     states = [x for out, lse in results for x in (out.to(dtype), lse)]
     out, lse = call(op, run, *states)
-    want, want_lse = attend(query, key, value, *whole)
+    want, want_lse = attend(query, key, value, *whole.blocks)
     # each side's output has been rounded once, and the result is
     tolerance = 1e-5 + 2 * torch.finfo(dtype).eps
     torch.testing.assert_close(out.float(), want, rtol=tolerance, atol=tolerance)
@@ -131,7 +132,7 @@ def test_partial_attention_is_differentiable():
         torch.manual_seed(2)
         leaves = [x.requires_grad_() for x in inputs(shape, torch.float32)]
         found = [
-            attend(*leaves, *BlockIndex.from_mask(mask & torch.tensor(part), 64, 64))
+            attend(*leaves, *BlockIndex.from_mask(mask & torch.tensor(part), 64, 64).blocks)
             for part in parts
         ]
         out, lse = found[0] if len(found) == 1 else op(*found[0], *found[1])
