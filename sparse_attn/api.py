@@ -83,47 +83,28 @@ def attention(
         NotImplementedError: no backend, or not the one asked for, can serve the call.
     """
     query, key, value = attend.cast(query, key, value)
-    capacity = check.cache(query, key, value, block_table, kv_lengths)
-    cached = block_table is not None or kv_lengths is not None
+    cache = _cache(block_table, kv_lengths)
+    capacity = _check(query, key, value, causal, scale, cache)
     backend = requested(backend)
+    if return_stats:
+        _not_in_a_graph()
     dense_because = selector = None
     dense = False
     if index is not None:
-        if not isinstance(index, BlockIndex):
-            raise TypeError(f"index: expected a BlockIndex, got {type(index).__name__}")
-        chosen, name = index.expand(query.shape[0]), "index"
+        chosen, name = _given(index, query), "index"
     else:
-        config = resolve(method)
+        config = _able(method, query, key, causal, cache)
         name = config.name
-        if cached and not (isinstance(config, Dense) or getattr(config, "takes_cache", False)):
-            takes = ", ".join(
-                repr(n) for n, m in sorted(METHODS.items()) if getattr(m, "takes_cache", False)
-            )
-            raise NotImplementedError(
-                f"method {name!r} cannot serve this call: it selects from keys in one piece, all "
-                "there; with block_table or kv_lengths give an index or one of the methods "
-                f"'dense', {takes}"
-            )
-        dense_because = _dense_because(config, query, key, capacity, causal, fallback, backend)
+        dense_because = _dense_because(config, query, key, capacity, fallback, backend)
         config = config if dense_because is None else Dense()
         dense = isinstance(config, Dense)
-        # a dense selection knows nothing of caches
-        takes_cache = cached and not dense
-        cache = {"block_table": block_table, "kv_lengths": kv_lengths} if takes_cache else {}
-        selector = config.selector(query, key, causal, scale, **cache)
-        chosen = config.select(  # what is chosen has no gradient
-            query.detach(), key.detach(), causal=causal, scale=scale, backend=backend, **cache
-        )
-        if dense:
-            chosen = chosen._replace(sink=capacity)  # all keys, of which it saw a page
-    if cached and return_stats and not dense:
+        selector = None if dense else config.selector(query, key, causal, scale, **cache)
+        chosen = _choose(config, query, key, causal, scale, backend, cache, capacity)
+    if cache and return_stats and not dense:
         raise NotImplementedError(
             "return_stats: no density is computed for a choice with block_table or kv_lengths"
         )
-    args = (
-        query, key, value, *chosen.blocks, causal, chosen.sink, chosen.window, scale, block_table,
-        kv_lengths,
-    )  # fmt: skip
+    args = _arguments(query, key, value, chosen, causal, scale, cache)
     out, lse = attend(*args, backend=backend)
     results = [out]
     if return_lse:
@@ -141,19 +122,102 @@ def attention(
     return results[0] if len(results) == 1 else tuple(results)
 
 
+def _cache(block_table: Any, kv_lengths: Any) -> dict[str, Any]:
+    """The arguments of a cache, none where there is none."""
+    if block_table is None and kv_lengths is None:
+        return {}
+    return {"block_table": block_table, "kv_lengths": kv_lengths}
+
+
+def _check(query: Any, key: Any, value: Any, causal: Any, scale: Any, cache: dict[str, Any]) -> int:
+    """The checks of arguments before any choice; returns how many keys there is room for."""
+    capacity = check.cache(query, key, value, **cache)
+    check.boolean("causal", causal)
+    check.finite_scale(scale)
+    if causal and not cache:
+        check.layout(query, key)
+    return capacity
+
+
+def _not_in_a_graph() -> None:
+    if torch.compiler.is_compiling():
+        torch._dynamo.graph_break(
+            msg="return_stats=True reads the index on the host, which a whole graph cannot: leave "
+            "it out here, or compile with fullgraph=False"
+        )
+
+
+def _given(index: Any, query: torch.Tensor) -> BlockIndex:
+    if not isinstance(index, BlockIndex):
+        raise TypeError(f"index: expected a BlockIndex, got {type(index).__name__}")
+    return index.expand(query.shape[0])
+
+
+def _able(
+    method: Any, query: torch.Tensor, key: torch.Tensor, causal: bool, cache: dict[str, Any]
+) -> Any:
+    """A method's config; NotImplementedError if it cannot serve the call."""
+    config = resolve(method)
+    reason = _why_not(config, query, key, causal, cache)
+    if reason is not None:
+        raise NotImplementedError(f"method {config.name!r} cannot serve this call: {reason}")
+    return config
+
+
+def _why_not(
+    config: Any, query: torch.Tensor, key: torch.Tensor, causal: bool, cache: dict[str, Any]
+) -> str | None:
+    if cache and not (isinstance(config, Dense) or getattr(config, "takes_cache", False)):
+        takes = (n for n, m in sorted(METHODS.items()) if getattr(m, "takes_cache", False))
+        return (
+            "it selects from keys in one piece, all there; with block_table or kv_lengths give an "
+            f"index or one of the methods 'dense', {', '.join(map(repr, takes))}"
+        )
+    return config.why_not(query, key, causal)
+
+
+def _choose(
+    config: Any,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    causal: bool,
+    scale: float | None,
+    backend: str | None,
+    cache: dict[str, Any],
+    capacity: int,
+) -> BlockIndex:
+    """What a method chooses, which has no gradient."""
+    query, key = query.detach(), key.detach()
+    if isinstance(config, Dense):
+        # it knows nothing of caches: all keys, of which it sees a page
+        return config.select(query, key)._replace(sink=capacity)
+    return config.select(query, key, causal=causal, scale=scale, backend=backend, **cache)
+
+
+def _arguments(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    chosen: BlockIndex,
+    causal: bool,
+    scale: float | None,
+    cache: dict[str, Any],
+) -> tuple[Any, ...]:
+    """The arguments of `block_sparse_attention`, all of them."""
+    states = (query, key, value, *chosen.blocks)
+    pages = (cache.get("block_table"), cache.get("kv_lengths"))
+    return (*states, causal, chosen.sink, chosen.window, scale, *pages)
+
+
 def _dense_because(
     config: Any,
     query: torch.Tensor,
     key: torch.Tensor,
     n_keys: int,
-    causal: bool,
     fallback: bool,
     backend: str | None,
 ) -> str | None:
-    """Why a call takes the dense path; raises if the method cannot serve it."""
-    reason = config.why_not(query, key, causal)
-    if reason is not None:
-        raise NotImplementedError(f"method {config.name!r} cannot serve this call: {reason}")
+    """Why a call takes the dense path, None if it does not."""
     if not fallback:
         return None
     least = getattr(config, "min_length", 0)
@@ -178,18 +242,19 @@ def select(
     causal: bool = True,
     scale: float | None = None,
     backend: str | None = None,
+    block_table: torch.Tensor | None = None,
+    kv_lengths: torch.Tensor | None = None,
 ) -> BlockIndex:
     """What a method would attend to: look before you attend, reuse across steps or layers.
 
-    The index holds the blocks and, for methods that have them, the sink and the window.
+    The index holds the blocks and, for methods that have them, the sink and the window. Arguments
+    and errors as of `attention`, but for the dense path: the method always chooses.
     """
-    check.query_key(query, key)
+    cache = _cache(block_table, kv_lengths)
+    capacity = _check(query, key, None, causal, scale, cache)
     backend = requested(backend)
-    config = resolve(method)
-    reason = config.why_not(query, key, causal)
-    if reason is not None:
-        raise NotImplementedError(f"method {config.name!r} cannot serve this call: {reason}")
-    return config.select(query, key, causal=causal, scale=scale, backend=backend)
+    config = _able(method, query, key, causal, cache)
+    return _choose(config, query, key, causal, scale, backend, cache, capacity)
 
 
 def explain(
@@ -198,32 +263,47 @@ def explain(
     value: torch.Tensor,
     method: Any = "flex_prefill",
     *,
+    index: BlockIndex | None = None,
     causal: bool = True,
+    scale: float | None = None,
     backend: str | None = None,
     fallback: bool = True,
+    block_table: torch.Tensor | None = None,
+    kv_lengths: torch.Tensor | None = None,
 ) -> str:
-    """In words: what `attention` would do with these arguments, and why not otherwise."""
+    """In words: what `attention` would do with these arguments, and why not otherwise.
+
+    Arguments that are not legal raise the errors of `attention`; that nothing can serve the call
+    is explained.
+    """
     query, key, value = attend.cast(query, key, value)
-    check.query_key_value(query, key, value)
+    cache = _cache(block_table, kv_lengths)
+    capacity = _check(query, key, value, causal, scale, cache)
     backend = requested(backend)
-    config = resolve(method)
-    lines = [f"method {config.name}: {config}"]
-    reason = config.why_not(query, key, causal)
-    if reason is not None:
-        return "\n".join([*lines, f"cannot serve this call: {reason}"])
-    dense = _dense_because(config, query, key, key.shape[2], causal, fallback, backend)
-    if dense is not None:
-        lines.append(f"takes the dense path: {dense} (fallback=False forces the method)")
-    selector = config.selector(query, key, causal, None) if dense is None else None
-    if selector is not None:
-        lines += _explain_op(*selector, backend)
-    index = Dense().select(query, key)
-    args = attend.bind(query, key, value, *index.blocks, causal, index.sink)
+    if index is not None:
+        lines, chosen = ["over the index given"], _given(index, query)
+    else:
+        config = resolve(method)
+        lines = [f"method {config.name}: {config}"]
+        reason = _why_not(config, query, key, causal, cache)
+        if reason is not None:
+            return "\n".join([*lines, f"cannot serve this call: {reason}"])
+        dense = _dense_because(config, query, key, capacity, fallback, backend)
+        if dense is not None:
+            lines.append(f"takes the dense path: {dense} (fallback=False forces the method)")
+        elif not isinstance(config, Dense):
+            selector = config.selector(query, key, causal, scale, **cache)
+            if selector is not None:
+                lines += _explain_op(*selector, backend)
+        # which backend attends does not depend on what was chosen
+        chosen = _choose(Dense(), query, key, causal, scale, backend, cache, capacity)
+    args = _arguments(query, key, value, chosen, causal, scale, cache)
     return "\n".join([*lines, *_explain_op(attend, args, backend)])
 
 
 def _explain_op(op: Op, args: tuple[Any, ...], backend: str | None) -> list[str]:
     """An operator's backends: which one serves the call, and why not the others."""
+    op.check(*args)
     reasons = op.reasons(args)
     try:
         used = op.select(args, backend).backend

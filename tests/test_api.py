@@ -5,6 +5,7 @@ import torch
 
 import sparse_attn
 from sparse_attn import METHODS, BlockIndex, FlexPrefill, HiP, InfiniteHiP, Sale, crossover
+from tests import hip
 from tests.cases import Shape, inputs
 from tests.ops.test_flex_prefill_select import structured
 
@@ -52,6 +53,80 @@ def test_selecting_first_is_the_same_call(name, shape):
         assert torch.equal(compiled(query, key, value), want)
         graph = torch.compile(sparse_attn.select, fullgraph=True, backend="aot_eager")
         assert graph(query, key, config)[2:] == index[2:]
+
+
+@pytest.mark.parametrize("page_size", [None, 16])
+@pytest.mark.parametrize("name", ["dense", "hip", "infinite_hip"])
+def test_caches_in_select_and_explain(name, page_size):
+    query, key, value = inputs(Shape(B=2, Hq=4, Hkv=2, Tq=40, Tk=304))
+    key, table, lengths = hip.paged(key, page_size, [297, 130])
+    value = hip.paged(value, page_size, [297, 130])[0]
+    cache, config = {"block_table": table, "kv_lengths": lengths}, EVERY[name]
+    index = sparse_attn.select(query, key, config, **cache)
+    got = sparse_attn.attention(query, key, value, index=index, **cache)
+    want = sparse_attn.attention(query, key, value, config, fallback=False, **cache)
+    assert torch.equal(got, want)
+    parts = parts_of(sparse_attn.explain(query, key, value, config, fallback=False, **cache))
+    assert "cpp: used" in parts["block_sparse_attention"]
+    assert (len(parts) == 1) == (name == "dense")
+    text = sparse_attn.explain(query, key, value, index=index, **cache)
+    assert "over the index given" in text and "cpp: used" in text
+    text = sparse_attn.explain(query, key, value, "sale", **cache)
+    assert "cannot serve this call: it selects from keys in one piece" in text
+    with pytest.raises(NotImplementedError, match="'sale' cannot serve this call: it selects"):
+        sparse_attn.select(query, key, "sale", **cache)
+
+
+NO = torch.zeros(1, 3, 70, 64)
+WRONG = [
+    ({"key": NO}, ValueError, "query: 2 heads, expected a multiple of key's 3"),
+    ({"key": NO[:, :1, :, :32]}, ValueError, "key: head_dim is 32, expected 64 as in query"),
+    ({"key": [1]}, TypeError, "key: expected a tensor"),
+    ({"scale": "big"}, TypeError, "scale: got 'big', expected a number"),
+    ({"scale": float("nan")}, ValueError, "scale: got nan, expected a number"),
+    ({"causal": 1}, TypeError, "causal: got 1, expected True or False"),
+    ({"method": "flash"}, ValueError, "method: got 'flash', expected one of"),
+    ({"method": 3}, TypeError, "method: got 3"),
+    ({"method": Sale(threshold=[0.1])}, ValueError, "threshold: .* 2"),
+    ({"backend": "x"}, ValueError, "backend: got 'x', expected one of"),
+    ({"kv_lengths": torch.ones(2)}, TypeError, "kv_lengths: expected dtype int32"),
+    ({"block_table": torch.ones(1, 9)}, ValueError, "key: page_size is 70"),
+]
+
+
+@pytest.mark.parametrize("change, error, message", WRONG, ids=[m for *_, m in WRONG])
+def test_three_functions_refuse_alike(change, error, message):
+    query, key, value = inputs(Shape())
+    arguments = {"query": query, "key": key, "method": "hip"} | change
+    for call in (sparse_attn.attention, sparse_attn.explain):
+        with pytest.raises(error, match=message):
+            call(value=value, fallback=False, **arguments)
+    with pytest.raises(error, match=message):
+        sparse_attn.select(**arguments)
+
+
+def test_heads_and_tokens_in_the_wrong_order():
+    query, key, value = (torch.randn(1, 300, heads, 32) for heads in (8, 2, 2))
+    longer = torch.randn(1, 400, 8, 32)  # a chunk, or a mistake: no multiple of the keys' 300
+    for call in (
+        lambda q: sparse_attn.attention(q, key, value),
+        lambda q: sparse_attn.explain(q, key, value),
+        lambda q: sparse_attn.select(q, key),
+    ):
+        for wrong in (query, longer):
+            with pytest.raises(ValueError, match=r"query: .* expected|first queries .*") as error:
+                call(wrong)
+            assert "transpose(1, 2) what is [B, T, H, D]" in str(error.value)
+    with pytest.raises(ValueError) as error:  # three heads are no layout
+        sparse_attn.attention(*inputs(Shape(Hq=3, Hkv=2)))
+    assert "transpose" not in str(error.value)
+
+
+def test_statistics_in_a_whole_graph():
+    query, key, value = inputs(Shape())
+    run = lambda *x: sparse_attn.attention(*x, "hip", return_stats=True)  # noqa: E731
+    with pytest.raises(Exception, match="return_stats=True reads the index on the host"):
+        torch.compile(run, fullgraph=True, backend="eager")(query, key, value)
 
 
 def test_fallback_is_reported_and_can_be_refused():

@@ -53,6 +53,11 @@ class Sale:
         threshold = self.threshold
         if isinstance(threshold, (str, Path)):
             threshold = _of_layer(threshold, self.layer)
+            object.__setattr__(self, "layer", None)  # the numbers are what counts from here on
+        elif self.layer is not None:
+            raise ValueError(
+                f"layer: got {self.layer}, but threshold is no file with layers to choose from"
+            )
         if isinstance(threshold, torch.Tensor):
             threshold = threshold.tolist()
         several = isinstance(threshold, (list, tuple))

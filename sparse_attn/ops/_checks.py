@@ -13,6 +13,8 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 MAX_TOKENS = 2**31 - 256  # of queries and keys together
 MAX_INT64 = 2**63 - 1  # what a schema's int holds
 MAX_FLOAT32 = torch.finfo(torch.float32).max
+SWAPPED = "heads come before tokens, [B, H, T, D]: transpose(1, 2) what is [B, T, H, D]"
+READABLE = {MAX_TOKENS: "2**31 - 256", MAX_INT64: "2**63 - 1", MAX_FLOAT32: "3.4e38"}
 
 
 def tensor(name: str, x: Any, shape: tuple[str, ...], dtypes: tuple[torch.dtype, ...]) -> None:
@@ -62,9 +64,27 @@ def shared_batch(name: str, x: torch.Tensor, query: torch.Tensor) -> None:
 
 def heads(query: torch.Tensor, key: torch.Tensor, of: str = "key") -> None:
     if query.shape[1] % key.shape[1] != 0:
+        hint = f"; {SWAPPED}" if query.shape[1] > query.shape[2] else ""
         raise ValueError(
-            f"query: {query.shape[1]} heads, expected a multiple of {of}'s {key.shape[1]}"
+            f"query: {query.shape[1]} heads, expected a multiple of {of}'s {key.shape[1]}{hint}"
         )
+
+
+def layout(query: torch.Tensor, key: torch.Tensor) -> None:
+    """Refuses causal calls of [B, T, H, D]: queries before the first key, more heads than tokens.
+
+    Where the model has GQA; otherwise such a call cannot be told from a legal one.
+    """
+    if query.shape[2] > key.shape[2] and query.shape[1] > query.shape[2]:
+        raise ValueError(
+            f"query: {query.shape[2]} queries of {query.shape[1]} heads, but {key.shape[2]} keys, "
+            f"so the first queries would see none; {SWAPPED}"
+        )
+
+
+def boolean(name: str, x: Any) -> None:
+    if not isinstance(x, bool):
+        raise TypeError(f"{name}: got {x!r}, expected True or False")
 
 
 def lengths(n_queries: Any, n_keys: Any) -> None:
@@ -75,7 +95,7 @@ def lengths(n_queries: Any, n_keys: Any) -> None:
         longer = "key" if n_keys >= n_queries else "query"
         raise ValueError(
             f"{longer}: {n_queries} queries and {n_keys} keys, "
-            f"expected less than {MAX_TOKENS} tokens together"
+            f"expected less than {READABLE[MAX_TOKENS]} tokens together"
         )
 
 
@@ -166,7 +186,9 @@ def block_size(name: str, x: Any) -> None:
 
 def between(name: str, x: Any, low: float, high: float) -> None:
     if not low <= x <= high:
-        raise ValueError(f"{name}: got {x}, expected {low} to {high}")
+        at_most = READABLE.get(high, high)
+        expected = f"{low} or more" if x < low and high in READABLE else f"{low} to {at_most}"
+        raise ValueError(f"{name}: got {x}, expected {expected}")
 
 
 def not_negative(name: str, x: Any) -> None:

@@ -27,8 +27,13 @@ def check_options(chunks, keeps, q_strides, q_block, sink, window, representativ
     """The checks that need no tensor; the method's config makes them too."""
     check.block_size("q_block", q_block)
     for name, x in (("chunks", chunks), ("keeps", keeps), ("q_strides", q_strides)):
-        if not isinstance(x, (list, tuple)) or len(x) != len(chunks) or not 1 <= len(x) <= 8:
+        if not isinstance(x, (list, tuple)) or not 1 <= len(x) <= 8:
             raise ValueError(f"{name}: got {x!r}, expected one integer per stage, 1 to 8 stages")
+    if not len(chunks) == len(keeps) == len(q_strides):
+        raise ValueError(
+            "chunks, keeps, q_strides: expected one integer per stage in each, got "
+            f"{len(chunks)}, {len(keeps)} and {len(q_strides)}"
+        )
     for i, (chunk, keep, stride) in enumerate(zip(chunks, keeps, q_strides, strict=True)):
         check.integer(f"chunks[{i}]", chunk)
         if not 1 <= chunk <= 4096 or (i and (chunk > chunks[i - 1] or chunks[i - 1] % chunk)):

@@ -271,14 +271,14 @@ def test_calibration_checks_its_arguments(arguments, options, message):
 @pytest.mark.parametrize(
     "name, value, expected",
     [
-        ("threshold", -1, "0 to"),
+        ("threshold", -1, "0 or more"),
         ("threshold", float("nan"), "0 to"),
         ("threshold", None, "a number"),
         ("threshold", True, "a number"),
         ("q_block", 48, r"one of \(16, 32, 64, 128\)"),
         ("kv_block", 128, r"one of \(16, 32, 64\)"),
         ("kv_block", "a", "an integer"),
-        ("local", 0, "1 to"),
+        ("local", 0, "1 or more"),
         ("sink", -1, "0 or more"),
         ("min_length", 1.5, "an integer"),
         ("share_kv_heads", 1, "True or False"),
@@ -304,6 +304,9 @@ def test_files_are_checked(tmp_path):
     assert Sale(path).threshold == (0.1, 0.2)
     with pytest.raises(ValueError, match="layer: got 1, expected one of 0, the layers"):
         Sale(path, layer=1)
+    assert Sale(path, layer=0) == Sale((0.1, 0.2))
+    with pytest.raises(ValueError, match="layer: got 3, but threshold is no file"):
+        Sale(threshold=0.01, layer=3)
 
 
 def test_config_is_frozen_and_hashable():

@@ -279,8 +279,11 @@ def test_threads_do_not_change_the_choice(threads):
 
 BAD = [
     ({"chunks": []}, "chunks: got \\[\\], expected one integer per stage"),
-    ({"keeps": [8, 8]}, "keeps: got .*expected one integer per stage"),
-    ({"q_strides": [1]}, "q_strides: got .*expected one integer per stage"),
+    (
+        {"keeps": [8, 8]},
+        "chunks, keeps, q_strides: expected .* per stage in each, got 3, 2 and 3",
+    ),
+    ({"q_strides": [1]}, "one integer per stage in each, got 3, 3 and 1"),
     ({"chunks": [64, 48, 8]}, "chunks\\[1\\]: got 48, expected 1 to 4096 that divides"),
     ({"chunks": [256, 256, 256]}, "chunks\\[-1\\]: got 256, expected 1 to 128"),
     ({"keeps": [512, 0, 8]}, "keeps\\[1\\]: got 0"),
