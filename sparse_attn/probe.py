@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from transformers import AttentionInterface, AttentionMaskInterface
-from transformers.masking_utils import sdpa_mask
 
 from . import api
 from .integrations.transformers import register_function
+from .methods.dense import Dense
 
 BASELINE = "sdpa"
 
@@ -36,6 +36,8 @@ class Probe:
 
     def __call__(self, query, key, value, layer: int | None, **kwargs: Any):
         config = self.layers.get(layer, self.config)
+        if query.shape[2] == 1 and not getattr(config, "takes_cache", False):
+            config = Dense()  # it chooses for prompts; `register` decodes densely too
         options = {"fallback": self.may_fall_back, "return_stats": self.record, **kwargs}
         start = clock(query)
         result = api.attention(query, key, value, config, **options)
@@ -64,18 +66,18 @@ def register_probe(probe: Probe, name: str) -> None:
     if probe.config is not None:
         register_function(probe, name, max(probe.layers, default=-1))
         return
-    AttentionInterface.register(name, timed_baseline(probe))
-    AttentionMaskInterface.register(name, sdpa_mask)
+    register_timed(probe, name, BASELINE)
 
 
-def timed_baseline(probe: Probe) -> Callable[..., Any]:
-    """Transformers' own `sdpa`, timed in the same way."""
-    sdpa = AttentionInterface()[BASELINE]
+def register_timed(probe: Probe, name: str, implementation: str) -> None:
+    """Registers an attention implementation of transformers once more, timed by the probe."""
+    attend = AttentionInterface()[implementation]
 
     def forward(module: Any, query: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         start = clock(query)
-        result = sdpa(module, query, *args, **kwargs)
+        result = attend(module, query, *args, **kwargs)
         probe.seconds += clock(query) - start
         return result
 
-    return forward
+    AttentionInterface.register(name, forward)
+    AttentionMaskInterface.register(name, AttentionMaskInterface()[implementation])

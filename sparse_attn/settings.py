@@ -18,7 +18,7 @@ import re
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from .methods import METHODS
+from .methods import METHODS, meant
 
 
 class Settings(NamedTuple):
@@ -43,14 +43,21 @@ def configure(name: str, fields: dict[str, Any], where: str) -> Any:
     ValueError says what is wrong, after `where`.
     """
     if name not in METHODS:
-        raise ValueError(f"{where}: no such method {name!r}; there are {sorted(METHODS)}")
-    known = [field.name for field in dataclasses.fields(METHODS[name])]
+        near = meant(name, METHODS)
+        raise ValueError(f"{where}: no such method {name!r}; there are {sorted(METHODS)}{near}")
+    return build(METHODS[name], name, fields, where)
+
+
+def build(kind: type, name: str, fields: dict[str, Any], where: str) -> Any:
+    """A dataclass of a method's options from these; raises as `configure`."""
+    known = [field.name for field in dataclasses.fields(kind)]
     unknown = sorted(set(fields) - set(known))
     if unknown:
-        raise ValueError(f"{where}: {name} has no {unknown}; it has {known}")
+        near = meant(unknown[0], known)
+        raise ValueError(f"{where}: {name} has no {unknown}; it has {known}{near}")
     fields = {k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()}
     try:
-        return METHODS[name](**fields)
+        return kind(**fields)
     except (TypeError, ValueError, NotImplementedError) as error:
         raise ValueError(f"{where}: {error}") from None
 

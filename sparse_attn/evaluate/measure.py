@@ -9,20 +9,23 @@ import platform
 import statistics
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from .. import __version__, api, cpu_isa, mass
-from ..crossover import dense_is_faster
+from .. import __version__, cpu_isa
 from ..demo.text import Prompt, corpus
+from ..integrations import squeezed
 from ..integrations.transformers import register_function
-from ..methods.dense import Dense
-from ..plot import plot_mass
-from ..probe import BASELINE, Probe, clock, register_probe
+from ..methods.squeezed import Squeezed
+from ..probe import BASELINE, Probe, clock, register_probe, register_timed
+from ..settings import Settings
+from ..squeezed.context import Parameters
+from .caches import NewCache, context, context_cache, dense_cache, last_logits
+from .look import Look
 from .memory import peak_of
 from .points import NEEDLES_TELL_NOTHING, markdown, needles_tell, operating_points
 from .prompts import TASKS, Maker, Source, depths
@@ -30,7 +33,8 @@ from .report import write_report
 from .specs import Spec, defaults, parse
 
 SCORED = 2048  # tokens at the end of the text whose bits are counted
-PANELS = 16  # heads or layers drawn at most
+DECODED = 64  # and that are given one at a time to measure decoding
+TAIL = "tail"  # the baseline of methods that work behind a prepared context
 
 
 def main(args: argparse.Namespace) -> None:
@@ -77,7 +81,7 @@ def distinct(specs: list[Spec]) -> None:
 def described(spec: Spec) -> dict[str, Any]:
     """What the results say of a method: all of its settings, whatever file they are from."""
     return {
-        "config": repr(spec.settings.method),
+        "config": repr(spec.context or spec.settings.method),
         "layers": {str(i): repr(config) for i, config in sorted(spec.settings.layers.items())},
         "family": spec.family,
         "setting": spec.setting,
@@ -160,18 +164,29 @@ def prompts_of(maker: Maker, n_depths: int) -> dict[str, Callable[[], Prompt]]:
     return made | {task: lambda task=task: maker.task(task) for task in TASKS}
 
 
-def last_logits(model: Any, prompt: Prompt, keep: int) -> torch.Tensor:
-    """Logits of the last `keep` tokens, [keep, vocabulary]."""
-    ids = prompt.ids.to(model.device)
-    return model(input_ids=ids, use_cache=False, logits_to_keep=keep).logits[0]
+def scored(length: int) -> int:
+    """Tokens of a prompt whose bits are counted: its last `SCORED`, or half of a shorter one."""
+    return min(SCORED, length // 2)
+
+
+def bits_of(logits: torch.Tensor, target: torch.Tensor) -> float:
+    """Bits per token of int64 [T], given logits [T, vocabulary]."""
+    return F.cross_entropy(logits.float(), target.to(logits.device)).item() / math.log(2)
 
 
 def bits(model: Any, prompt: Prompt) -> float:
-    """Bits per token of the last `SCORED` tokens, given all before them."""
-    n = min(SCORED, prompt.ids.shape[1] - 1)
-    logits = last_logits(model, prompt, n + 1)[:-1]
-    target = prompt.ids[0, -n:].to(logits.device)
-    return F.cross_entropy(logits.float(), target).item() / math.log(2)
+    """Bits per token of the last tokens (`scored`), given all before them."""
+    n = scored(prompt.ids.shape[1])
+    logits = last_logits(model, prompt.ids.to(model.device), n + 1)
+    return bits_of(logits[:-1], prompt.ids[0, -n:])
+
+
+class Run(NamedTuple):
+    """What is timed: ids [1, T] behind a cache, or without one."""
+
+    label: str
+    ids: torch.Tensor
+    new_cache: NewCache | None
 
 
 class Evaluation:
@@ -183,12 +198,21 @@ class Evaluation:
     ) -> None:  # fmt: skip
         self.model, self.source, self.specs, self.args = model, source, specs, args
         self.results = results
+        self.by_label = {spec.label: spec for spec in specs}
         self.probes = {BASELINE: Probe(None)}
         for spec in specs:
             self.probes[spec.label] = Probe(*spec.settings, fallback=False)
             results["methods"][spec.label] = described(spec)
-        for i, probe in enumerate(self.probes.values()):
-            register_probe(probe, f"evaluate_{i}")
+        squeezed.register()
+        for i, (label, probe) in enumerate(self.probes.items()):
+            if self.parameters(label):
+                register_timed(probe, f"evaluate_{i}", squeezed.NAME)
+            else:
+                register_probe(probe, f"evaluate_{i}")
+
+    def parameters(self, label: str) -> Parameters | None:
+        """How the context is prepared that a method works behind."""
+        return None if label == BASELINE else self.by_label[label].context
 
     def cell(self, length: int, label: str) -> dict[str, Any]:
         return self.results["cells"].setdefault(str(length), {}).setdefault(label, {})
@@ -210,8 +234,9 @@ class Evaluation:
                 if "layers" not in self.cell(n, spec.label):
                     what = f"{n:,} tokens, layers, {spec.label}"
                     todo.append((what, lambda n=n, spec=spec: self.look(n, spec, n == lengths[-1])))
-            if any("prefill" not in self.cell(n, label) for label in self.probes):
-                todo.append((f"{n:,} tokens, time", lambda n=n: self.time(n)))
+            for what, step in (("prefill", self.time), ("decode", self.decode)):
+                if any(what not in self.cell(n, label) for label in self.probes):
+                    todo.append((f"{n:,} tokens, {what}", lambda n=n, step=step: step(n)))
         with torch.inference_mode(), tqdm(todo, unit="step", leave=False) as bar:
             for what, step in bar:
                 bar.set_description(what)
@@ -219,9 +244,15 @@ class Evaluation:
                 self.save()
 
     def forward(self, label: str, prompt: Prompt, keep: int) -> torch.Tensor:
-        """Logits of the last `keep` tokens, with a method."""
+        """Logits of the last `keep` tokens, with a method; one that works behind a context gets all
+        before them as that.
+        """
+        ids, cache, parameters = prompt.ids.to(self.model.device), None, self.parameters(label)
+        if parameters is not None:
+            cache = context_cache(self.model, ids[:, :-keep], parameters)()
+            ids = ids[:, -keep:]
         self.switch(label)
-        return last_logits(self.model, prompt, keep)
+        return last_logits(self.model, ids, keep, cache)
 
     def switch(self, label: str) -> None:
         self.model.set_attn_implementation(f"evaluate_{list(self.probes).index(label)}")
@@ -233,8 +264,9 @@ class Evaluation:
             prompt = make()
             try:
                 if name == "text":
-                    self.switch(label)
-                    cell["bits"] = bits(self.model, prompt)
+                    n = scored(length)
+                    logits = self.forward(label, prompt, n + 1)
+                    cell["bits"] = bits_of(logits[:-1], prompt.ids[0, -n:])
                     continue
                 share = self.answered(label, prompt)
             except NotImplementedError as error:
@@ -253,7 +285,7 @@ class Evaluation:
     def answered(self, label: str, prompt: Prompt) -> float:
         """Share of the answers' tokens that are most likely, given the right ones before."""
         at = torch.tensor([i for answer in prompt.answers for i in answer])
-        start = int(at[0]) - 1
+        start = prompt.text_end  # the questions, each with its answer
         logits = self.forward(label, prompt, prompt.ids.shape[1] - start).cpu()
         return (logits[at - 1 - start].argmax(-1) == prompt.ids[0, at]).float().mean().item()
 
@@ -263,95 +295,108 @@ class Evaluation:
         if "refused" in cell:
             cell["layers"] = None
             return
-        look = Look(
-            spec, self.args.layer if draw and spec.settings.method.name != "dense" else None
-        )
+        ids = self.source.plain(length).ids.to(self.model.device)
+        settings, tail = spec.settings, None
+        if spec.context is not None:
+            tail = scored(length) + 1
+            prepared = context(self.model, ids[:, :-tail], spec.context)
+            by_layer = {i: Squeezed(layer) for i, layer in enumerate(prepared.layers)}
+            settings = Settings(spec.settings.method, by_layer)
+        drawn = self.args.layer if draw and spec.settings.method.name != "dense" else None
+        look = Look(spec.label, settings, drawn, tail)
         register_function(look, "evaluate_look")
         self.model.set_attn_implementation("evaluate_look")
-        ids = self.source.plain(length).ids.to(self.model.device)
         self.model(input_ids=ids, use_cache=False, logits_to_keep=1)
         n_layers = self.model.config.get_text_config().num_hidden_layers
         cell["layers"] = [look.layers.get(layer) for layer in range(n_layers)]
         cell["fallback"] = look.fallback
         cell["maps"] = look.draw(length, self.args.out / "maps", self.args.out)
 
+    def served(self, length: int) -> list[str]:
+        return [label for label in self.probes if "refused" not in self.cell(length, label)]
+
     def time(self, length: int) -> None:
-        """Seconds of a prefill and of its attention, in turn, and the peak memory of one."""
-        prompt = self.source.plain(length)
-        labels = [label for label in self.probes if "refused" not in self.cell(length, label)]
-        taken: dict[str, list[tuple[float, float]]] = {label: [] for label in labels}
-        for label in labels:
-            self.forward(label, prompt, 1)
-            peak = peak_of(lambda one=label: self.forward(one, prompt, 1), self.model.device)
-            self.cell(length, label)["peak_bytes"] = peak
+        """Seconds of a prefill and of its attention, in turn, and the peak memory of one.
+
+        Behind a prepared context: of the tail, and as its `baseline` what sdpa needs behind a dense
+        cache of the same.
+        """
+        ids, n = self.source.plain(length).ids.to(self.model.device), scored(length) + 1
+        runs: dict[str, Run] = {}
+        for label in self.served(length):
+            parameters = self.parameters(label)
+            if parameters is None:
+                runs[label] = Run(label, ids, None)
+                continue
+            start = clock(ids)
+            new_cache = context_cache(self.model, ids[:, :-n], parameters)
+            sizes = {"build": clock(ids) - start, "context": length - n, "tail": n}
+            self.cell(length, label).update(sizes)
+            runs[label] = Run(label, ids[:, -n:], new_cache)
+        if any(run.new_cache for run in runs.values()):
+            runs[TAIL] = Run(BASELINE, ids[:, -n:], dense_cache(self.model, ids[:, :-n]))
+        taken: dict[str, list[tuple[float, float]]] = {name: [] for name in runs}
+        peaks = {name: self.peak(length, run) for name, run in runs.items()}
         for _ in range(self.args.repeats):
-            for label in labels:  # in turn, so that a slow moment of the machine hits all alike
-                self.probes[label].seconds = 0.0
-                start = clock(prompt.ids)
-                last = self.forward(label, prompt, 1)
-                taken[label].append((clock(last) - start, self.probes[label].seconds))
+            for name, run in runs.items():  # in turn, so that a slow moment hits all alike
+                taken[name].append(self.seconds(length, run))
+        found = {}
+        for name, times in taken.items():
+            both = [statistics.median(x) for x in zip(*times, strict=True)]
+            found[name] = {"prefill": both[0], "attention": both[1], "peak_bytes": peaks[name]}
+        for label in self.probes:
+            cell = self.cell(length, label)
+            cell.update(found.get(label, {"prefill": None, "attention": None}))
+            if label in runs and runs[label].new_cache:
+                cell["baseline"] = found[TAIL]
+
+    def peak(self, length: int, run: Run) -> int | None:
+        """The peak memory of a run, after one that warms up."""
+        self.seconds(length, run)
+        cache = run.new_cache and run.new_cache()
+        call = lambda: last_logits(self.model, run.ids, 1, cache)  # noqa: E731
+        return peak_of(call, self.model.device)
+
+    def seconds(self, length: int, run: Run) -> tuple[float, float]:
+        """Of the model and of its attention."""
+        cache = run.new_cache and run.new_cache()
+        self.switch(run.label)
+        self.probes[run.label].seconds = 0.0
+        start = clock(run.ids)
+        last = last_logits(self.model, run.ids, 1, cache)
+        seconds = clock(last) - start
+        if self.parameters(run.label):
+            cell = self.cell(length, run.label)
+            cell["kept"] = [layer.prefill for layer in cache.kept()]
+        return seconds, self.probes[run.label].seconds
+
+    def decode(self, length: int) -> None:
+        """Seconds per token behind a cache of the rest, and the bits of these tokens where the
+        choice of a method tells in them.
+        """
+        ids, n = self.source.plain(length).ids.to(self.model.device), min(DECODED, length // 4)
+        before, given, target = ids[:, : -n - 1], ids[:, -n - 1 : -1], ids[0, -n:]
+        dense = dense_cache(self.model, before)
+        caches: dict[str, NewCache] = {}
+        for label in self.served(length):
+            parameters = self.parameters(label)
+            caches[label] = context_cache(self.model, before, parameters) if parameters else dense
+        taken: dict[str, list[tuple[float, float]]] = {label: [] for label in caches}
+        for _ in range(self.args.repeats):
+            for label, new_cache in caches.items():
+                cache, probe, logits = new_cache(), self.probes[label], []
+                self.switch(label)
+                for token in given.split(1, dim=1):
+                    probe.seconds = 0.0
+                    start = clock(ids)
+                    logits.append(last_logits(self.model, token, 1, cache))
+                    taken[label].append((clock(ids) - start, probe.seconds))
+                cell = self.cell(length, label)
+                tells = label == BASELINE or self.by_label[label].decodes
+                cell["decode_bits"] = bits_of(torch.cat(logits), target) if tells else None
+                if self.parameters(label):
+                    cell["decode_kept"] = [layer.decode for layer in cache.kept()]
         for label in self.probes:
             both = [statistics.median(x) for x in zip(*taken.get(label, []), strict=True)]
             cell = self.cell(length, label)
-            cell["prefill"], cell["attention"] = both or (None, None)
-
-
-class Look:
-    """An attention function that is dense, and measures what a method would do instead."""
-
-    def __init__(self, spec: Spec, layer: int | None) -> None:
-        self.spec, self.drawn = spec, layer  # whose heads are drawn; None: no pictures
-        self.layers: dict[int, dict[str, Any]] = {}
-        self.fallback: str | None = None
-        self.heads: Any = None  # cells of the heads of the layer that is drawn
-        self.means: dict[int, Any] = {}  # by layer, cells that are means over heads
-
-    def __call__(self, query, key, value, layer: int | None, causal: bool, scale: float | None):
-        config = self.spec.settings.of(layer)
-        options = {"causal": causal, "scale": scale}
-        dense = api.attention(query, key, value, Dense(), **options)
-        out, stats = api.attention(
-            query, key, value, config, fallback=False, return_stats=True, **options
-        )
-        self.fallback = dense_is_faster(config.name, stats.backend, query, key.shape[2])
-        layer = len(self.layers) if layer is None else layer
-        error = (out.float() - dense.float()).norm() / dense.float().norm()
-        found = {"density": stats.density, "error": error.item(), "recall": None, "pairs": None}
-        self.layers[layer] = found
-        if not hasattr(config, "select"):  # a method without lists
-            return dense
-        try:
-            selection = config.select(query, key, **options)
-        except NotImplementedError:
-            return dense
-        recall, pairs = mass.kept(query, key, selection, scale)
-        found["recall"], found["pairs"] = recall.tolist(), pairs.tolist()
-        if self.drawn is None:
-            return dense
-        cells = torch.stack(mass.cells(query, key, selection, scale)).cpu()
-        self.means[layer] = cells.mean(1)
-        if layer == self.drawn or self.heads is None:
-            self.heads = (layer, cells[:, :: -(-cells.shape[1] // PANELS)], cells.shape[1])
-        return dense
-
-    def draw(self, length: int, folder: Path, base: Path) -> list[str]:
-        """Writes the maps, of the heads of one layer and of all layers; their paths in `base`."""
-        if self.heads is None:
-            return []
-        folder.mkdir(exist_ok=True)
-        stem = "".join(c if c.isalnum() else "_" for c in self.spec.label)
-        layer, cells, n_heads = self.heads
-        step = -(-n_heads // PANELS)
-        recall = self.layers[layer]["recall"]
-        names = [f"head {h}: {recall[h]:.1%} kept" for h in range(0, n_heads, step)]
-        title = f"{self.spec.label}: heads of layer {layer}, prompt of {length:,} tokens"
-        drawn = [(f"{stem}_{length}_heads.png", cells, names, title)]
-        layers = sorted(self.means)[:: -(-len(self.means) // PANELS)]
-        means = torch.stack([self.means[i] for i in layers], 1)
-        names = [f"layer {i}: {statistics.mean(self.layers[i]['recall']):.1%} kept" for i in layers]
-        title = f"{self.spec.label}: layers, mean over heads, prompt of {length:,} tokens"
-        drawn.append((f"{stem}_{length}_layers.png", means, names, title))
-        for name, (whole, part), names, title in drawn:
-            figure = plot_mass(whole, part, names, length, length, title)
-            figure.savefig(folder / name, dpi=100)
-        return [str((folder / name).relative_to(base)) for name, *_ in drawn]
+            cell["decode"], cell["decode_attention"] = both or (None, None)

@@ -46,6 +46,31 @@ NEEDLES_TELL_NOTHING = (
 )
 
 
+def gain(cell: dict[str, Any], base: dict[str, Any], what: str) -> float:
+    """How many times faster than the baseline: "prefill" or "attention", of the tail where the
+    method works behind a prepared context, or "decode".
+    """
+    if what != "decode":
+        base = cell.get("baseline", base)
+    return base[what] / cell[what]
+
+
+def decoding(cell: dict[str, Any], base: dict[str, Any]) -> str:
+    """The speed-up of decoding, and the rise in bits of a method that chooses there."""
+    if not cell.get("decode"):
+        return "–"
+    speed = f"{gain(cell, base, 'decode'):.2f}×"
+    if cell["decode_bits"] is None:
+        return f"{speed}, dense"
+    return f"{speed}, {signed(cell['decode_bits'] - base['decode_bits'], 4)}"
+
+
+def signed(x: float, digits: int) -> str:
+    """With its sign; nothing is neither more nor less."""
+    x = round(x, digits)
+    return f"{x:+.{digits}f}" if x else f"{0:.{digits}f}"
+
+
 def within_limits(cell: dict[str, Any], base: dict[str, Any]) -> bool:
     """Whether a setting loses less than `MORE_BITS` and `FEWER_NEEDLES`; if not `needles_tell`,
     the bits alone decide.
@@ -54,9 +79,7 @@ def within_limits(cell: dict[str, Any], base: dict[str, Any]) -> bool:
 
 
 def operating_points(results: dict[str, Any], length: int) -> list[list[str]]:
-    """Of each method the setting with the fastest attention within the limits, as rows of text:
-    method, density, speed-up of attention and of the prefill, bits lost, needles lost.
-    """
+    """Of each method the setting with the fastest attention within the limits: rows of `HEAD`."""
     cells = measured(results, length)
     base = cells[BASELINE]
     best: dict[str, str | None] = {}
@@ -65,27 +88,32 @@ def operating_points(results: dict[str, Any], length: int) -> list[list[str]]:
             continue
         name = results["methods"][label]["family"]
         old = best.setdefault(name, None)
-        faster = old is None or cell["attention"] < cells[old]["attention"]
+        speed = gain(cell, base, "attention")
+        faster = old is None or speed > gain(cells[old], base, "attention")
         if within_limits(cell, base) and faster:
             best[name] = label
     rows = []
     for name, label in best.items():
         if label is None:
-            rows.append([f"{name}: no setting within the limits", *["–"] * 5])
+            rows.append([f"{name}: no setting within the limits", *["–"] * (len(HEAD) - 1)])
             continue
         cell = cells[label]
         rows.append([
             label,
             f"{density(cell):.1%}",
-            f"{base['attention'] / cell['attention']:.2f}×",
-            f"{base['prefill'] / cell['prefill']:.2f}×",
+            f"{gain(cell, base, 'attention'):.2f}×",
+            f"{gain(cell, base, 'prefill'):.2f}×",
+            decoding(cell, base),
             f"{bits_lost(cell, base):.4f}",
             f"{needles_lost(cell, base):.1f}" if needles_tell(base) else "–",
         ])  # fmt: skip
     return rows
 
 
-HEAD = ["method", "density", "attention", "prefill", "bits/token lost", "needles lost (points)"]
+HEAD = [
+    "method", "density", "attention", "prefill", "decoding, change in bits/token",
+    "bits/token lost", "needles lost (points)",
+]  # fmt: skip
 
 
 def markdown(rows: list[list[str]]) -> str:

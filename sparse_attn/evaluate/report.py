@@ -18,11 +18,13 @@ from .points import (
     NEEDLES_TELL_NOTHING,
     bits_lost,
     density,
+    gain,
     mean_needles,
     measured,
     needles_lost,
     needles_tell,
     operating_points,
+    signed,
     within_limits,
 )
 from .prompts import TASKS
@@ -50,6 +52,9 @@ nav a { margin-right: 1rem; }
 summary { cursor: pointer; margin: .5rem 0; }
 code { background: #f4f4f4; padding: 0 .25em; }
 """
+
+
+DECODE = ("decode", "decode_attention")
 
 
 def write_report(results: dict[str, Any], out: Path) -> str:
@@ -131,12 +136,6 @@ def folded(title: str, html: str, unfolded: bool = False) -> str:
     return f"<details{' open' * unfolded}><summary>{escape(title)}</summary>{html}</details>"
 
 
-def signed(x: float, digits: int) -> str:
-    """With its sign; nothing is neither more nor less."""
-    x = round(x, digits)
-    return f"{x:+.{digits}f}" if x else f"{0:.{digits}f}"
-
-
 def summary(results: dict[str, Any], length: int) -> str:
     cells = measured(results, length)
     base = cells[BASELINE]
@@ -150,8 +149,9 @@ def summary(results: dict[str, Any], length: int) -> str:
         rows.append((kind, [
             label,
             f"{density(cell):.1%}",
-            f"{base['prefill'] / cell['prefill']:.2f}×",
-            f"{base['attention'] / cell['attention']:.2f}×",
+            f"{gain(cell, base, 'prefill'):.2f}×",
+            f"{gain(cell, base, 'attention'):.2f}×",
+            f"{gain(cell, base, 'decode'):.2f}×" if cell.get("decode") else "–",
             f"{cell['bits']:.4f}",
             signed(bits_lost(cell, base), 4),
             f"{mean_needles(cell):.1%}",
@@ -159,17 +159,19 @@ def summary(results: dict[str, Any], length: int) -> str:
             f"{statistics.mean(recall):.1%}" if recall else "–",
             yes if within and label != BASELINE else "–" if label == BASELINE else "no",
         ]))  # fmt: skip
-    head = ["method", "density", "prefill", "attention", "bits/token", "change", "needles",
-            "points", "mass kept", "within limits"]  # fmt: skip
+    head = ["method", "density", "prefill", "attention", "decoding", "bits/token", "change",
+            "needles", "points", "mass kept", "within limits"]  # fmt: skip
     text = table(head, rows) + note(
-        f"{BASELINE}: dense attention of PyTorch, the baseline of both speed-ups (whole prefill, "
-        "attention alone). Density: share of the causal blocks computed, mean over layers. "
+        f"{BASELINE}: dense attention of PyTorch, the baseline of the speed-ups (whole prefill, "
+        "attention alone in it, a token in decoding). Density: share of the causal blocks "
+        "computed, mean over layers. "
         "Needles: share of the planted digits that the model finds most likely. Within limits: "
         f"bits per token rise by less than {MORE_BITS:g} and needles fall by less than "
         f"{FEWER_NEEDLES:g} point."
     )
     if not needles_tell(base):
         text += note(NEEDLES_TELL_NOTHING)
+    text += behind_contexts(cells)
     text += "<h3>The fastest setting of each method within the limits</h3>" + table(
         HEAD, [("", row) for row in operating_points(results, length)]
     )
@@ -187,13 +189,43 @@ def summary(results: dict[str, Any], length: int) -> str:
     return text
 
 
+def behind_contexts(cells: dict[str, dict[str, Any]]) -> str:
+    """What the numbers of methods that work behind a prepared context are numbers of."""
+    rows = []
+    for label, cell in cells.items():
+        if "baseline" in cell:
+            kept = [cell["kept"], cell.get("decode_kept") or []]
+            shares = [f"{statistics.mean(x):.1%}" if x else "–" for x in kept]
+            seconds = [cell["build"], cell["prefill"], cell["baseline"]["prefill"]]
+            sizes = [f"{cell[size]:,}" for size in ("context", "tail")]
+            rows.append(("", [label, *sizes, *shares, *(f"{x:.3f} s" for x in seconds)]))
+    if not rows:
+        return ""
+    head = ["method", "context", "tail", "kept by the tail", "kept in decoding", "build",
+            "tail's prefill", f"{BASELINE}'s"]  # fmt: skip
+    return (
+        "<h3>Behind a prepared context</h3>"
+        + table(head, rows)
+        + note(
+            "The first tokens of a prompt are prepared once, as a context (build: the model's "
+            "dense prefill of it and the clustering), and the tail is given to the model over it. "
+            "Density, mass kept, bits and speed-ups of prefill and attention are those of the "
+            f"tail, the speed-ups against {BASELINE} over a dense cache of the same tokens. Kept: "
+            "share of the clustered keys, mean over layers and heads; a call has one choice for "
+            "all its tokens. "
+            "In the tasks the tail is the questions; in decoding the context is all but the tokens "
+            "that are decoded."
+        )
+    )
+
+
 def trade(results: dict[str, Any], length: int) -> str:
     cells = measured(results, length)
     base = cells[BASELINE]
     names = series({k: results["methods"][k] for k in cells if k != BASELINE})
     points: dict[str, dict[str, list[tuple[float, float, str]]]] = {"bits": {}, "needles": {}}
     for label, (name, setting) in names.items():
-        speed = base["attention"] / cells[label]["attention"]
+        speed = gain(cells[label], base, "attention")
         for what, lost in (("bits", bits_lost), ("needles", needles_lost)):
             point = (speed, lost(cells[label], base), setting)
             points[what].setdefault(name, []).append(point)
@@ -271,7 +303,8 @@ def times(results: dict[str, Any], lengths: list[int]) -> str:
         seconds: dict[str, dict[int, float]] = {}
         for length in lengths:
             for label, cell in measured(results, length).items():
-                seconds.setdefault(label, {})[length] = cell[what]
+                if "baseline" not in cell:
+                    seconds.setdefault(label, {})[length] = cell[what]
         caption = f"Seconds of {title}, median of the runs, all layers together."
         figures.append(picture(plot_time(seconds, title, BASELINE), caption))
     rows = []
@@ -281,12 +314,20 @@ def times(results: dict[str, Any], lengths: list[int]) -> str:
             rows.append(("base" if label == BASELINE else "", [
                 label, f"{length:,}", f"{cell['prefill']:.3f} s", f"{cell['attention']:.3f} s",
                 "–" if peak is None else f"{peak / 1e6:.0f} MB",
+                *(f"{1e3 * cell[x]:.2f} ms" if cell.get(x) else "–" for x in DECODE),
+                "–" if cell.get("decode_bits") is None else f"{cell['decode_bits']:.4f}",
             ]))  # fmt: skip
-    head = ["method", "tokens", "prefill", "attention", "peak memory"]
+    head = ["method", "tokens", "prefill", "attention", "peak memory", "decoding a token",
+            "its attention", "bits/token"]  # fmt: skip
     return (
         pair(*figures)
         + table(head, rows)
-        + note("Peak memory: the most that one prefill held beyond the weights.")
+        + note(
+            "Peak memory: the most that one prefill held beyond the weights. Decoding: the last "
+            "tokens of the text, one at a time behind a cache of the rest, median; with the bits "
+            f"per token of these, for methods that choose there and {BASELINE}; the others decode "
+            "densely. Methods behind a prepared context: prefill and memory of the tail."
+        )
     )
 
 

@@ -7,8 +7,9 @@ import re
 from pathlib import Path
 from typing import NamedTuple
 
-from ..methods import METHODS, resolve
-from ..settings import Settings, configure, read
+from ..methods import METHODS
+from ..settings import Settings, build, configure, read
+from ..squeezed.context import Parameters
 
 
 class Spec(NamedTuple):
@@ -16,11 +17,18 @@ class Spec(NamedTuple):
 
     label: str
     settings: Settings
+    context: Parameters | None = None  # how that of a method is prepared that needs one
 
     @property
     def family(self) -> str:
         """The method's name: settings of a family make one line in a picture."""
         return self.label if self.settings.layers else self.settings.method.name
+
+    @property
+    def decodes(self) -> bool:
+        """Whether the method also chooses for single queries on a cache."""
+        configs = (self.settings.method, *self.settings.layers.values())
+        return self.context is not None or any(getattr(c, "takes_cache", False) for c in configs)
 
     @property
     def setting(self) -> str:
@@ -42,6 +50,8 @@ def parse(text: str) -> Spec:
             fields[field] = ast.literal_eval(value)
         except (ValueError, SyntaxError):
             fields[field] = value  # a word
+    if getattr(METHODS.get(name), "needs_context", False):
+        return Spec(text, Settings(METHODS[name](), {}), build(Parameters, name, fields, text))
     return Spec(text, Settings(configure(name, fields, text), {}))
 
 
@@ -51,9 +61,5 @@ def separate(options: str) -> list[str]:
 
 
 def defaults() -> list[Spec]:
-    """Every method that needs nothing but its name."""
-    return [
-        Spec(name, Settings(resolve(name), {}))
-        for name, method in METHODS.items()
-        if not getattr(method, "needs_context", False)
-    ]
+    """Every method at its defaults."""
+    return [parse(name) for name in METHODS]

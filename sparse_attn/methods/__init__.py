@@ -7,6 +7,8 @@ is true, `selector` and `select` take `block_table` and `kv_lengths` too.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from difflib import get_close_matches
 from importlib import import_module
 from pkgutil import iter_modules
 from typing import Any, Protocol
@@ -53,9 +55,23 @@ def resolve(method: Any) -> Any:
     """A method's config from its name, or the config itself."""
     if isinstance(method, str):
         if method not in METHODS:
-            raise ValueError(f"method: got {method!r}, expected one of {sorted(METHODS)}")
+            raise ValueError(f"method: got {method!r}, expected {_expected(method)}")
         return METHODS[method]()
     if type(method) not in METHODS.values():
         got = "a tensor" if isinstance(method, torch.Tensor) else repr(method)
         raise TypeError(f"method: got {got}, expected a name or a config of {sorted(METHODS)}")
     return method
+
+
+def _expected(method: str) -> str:
+    name, _, options = method.partition(":")
+    if options and name in METHODS:  # as on a command line
+        options = options.replace(",", ", ")
+        return f"options in a config: sparse_attn.{METHODS[name].__name__}({options})"
+    return f"one of {sorted(METHODS)}{meant(name, METHODS)}"
+
+
+def meant(name: str, known: Iterable[str]) -> str:
+    """The end of a sentence about an unknown name: which known one is probably meant."""
+    near = get_close_matches(name, list(known), 1, cutoff=0.5)
+    return f"; did you mean {near[0]!r}?" if near else ""

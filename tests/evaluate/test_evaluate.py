@@ -15,7 +15,9 @@ from sparse_attn.__main__ import main
 transformers = pytest.importorskip("transformers")
 for module in ("tqdm", "matplotlib", "safetensors"):
     pytest.importorskip(module)
-from sparse_attn.evaluate.measure import Evaluation, Look  # noqa: E402
+from sparse_attn.evaluate import measure  # noqa: E402
+from sparse_attn.evaluate.look import Look  # noqa: E402
+from sparse_attn.evaluate.measure import Evaluation  # noqa: E402
 from sparse_attn.evaluate.report import methods  # noqa: E402
 from sparse_attn.evaluate.specs import parse  # noqa: E402
 from sparse_attn.probe import Probe, register_probe  # noqa: E402
@@ -23,6 +25,7 @@ from sparse_attn.probe import Probe, register_probe  # noqa: E402
 LINE = "def area_of_a_circle(radius):\n    return 3.14159 * radius**2\n\n\n"
 SMALL = "flex_prefill:gamma=0.5,min_budget=32,block_size=32"
 LARGE = "flex_prefill:gamma=0.9,min_budget=32,block_size=32"
+BEHIND = "squeezed:sparsity=0.6,window=16,iterations=2"
 BROWSERS = ("chromium", "chromium-browser", "chromium-headless-shell", "google-chrome", "chrome")
 VOID = {"meta", "img", "br", "wbr"}
 
@@ -39,6 +42,7 @@ def build(folder, vocabulary=256):
 
 
 def evaluate(folder, *options):
+    """The results of a run with few samples on the model and text in the folder."""
     main([
         "evaluate", "--model", str(folder / "model"), "--out", str(folder / "out"),
         "--text", str(folder / "text.py"), "--dtype", "float32", "--depths", "2",
@@ -53,6 +57,13 @@ def prepare(folder):
     return folder
 
 
+@pytest.fixture(scope="module", autouse=True)
+def few_tokens():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(measure, "DECODED", 6)
+        yield
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """Where dense and two settings of FlexPrefill were evaluated at two lengths."""
@@ -64,6 +75,13 @@ def folder(tmp_path_factory):
 @pytest.fixture(scope="module")
 def results(folder):
     return json.loads((folder / "out" / "results.json").read_text())
+
+
+@pytest.fixture
+def no_report(monkeypatch):
+    """Saves its pictures where the report is not what is tested."""
+    monkeypatch.setattr("sparse_attn.evaluate.measure.write_report", lambda *args: "no report")
+    monkeypatch.setattr(Look, "draw", lambda *args: [])
 
 
 def test_results(results):
@@ -88,13 +106,35 @@ def test_results(results):
             assert 0.05 < sum(fewer["recall"]) / 4 <= sum(more["recall"]) / 4 + 1e-6
             assert fewer["error"] > 1e-3
         assert "dense is faster below" in cells[SMALL]["fallback"]
+        for cell in cells.values():  # none of these chooses in decoding
+            assert cell["decode"] >= cell["decode_attention"] > 0
+        assert base["decode_bits"] > 0 and dense["decode_bits"] is None
 
 
-@pytest.fixture
-def no_report(monkeypatch):
-    """Saves its pictures where the report is not what is tested."""
-    monkeypatch.setattr("sparse_attn.evaluate.measure.write_report", lambda *args: "no report")
-    monkeypatch.setattr(Look, "draw", lambda *args: [])
+def test_behind_a_prepared_context(tmp_path, no_report):
+    """The tail of a prompt over its beginning, and single tokens over all before them."""
+    prepare(tmp_path)
+    everything = BEHIND.replace("0.6", "0")
+    found = evaluate(tmp_path, "--lengths", 400, "--methods", BEHIND, everything, "hip:budget=32")
+    base, sparse, whole, hip = found["cells"]["400"].values()
+    assert found["methods"][BEHIND]["config"].startswith("Parameters(clusters=0.05")
+    assert (sparse["context"], sparse["tail"]) == (199, 201) and sparse["build"] > 0
+    assert whole["bits"] == pytest.approx(base["bits"], abs=1e-4)
+    assert whole["needles"] == base["needles"] and whole["copying"] == base["copying"]
+    assert whole["decode_bits"] == pytest.approx(base["decode_bits"], abs=1e-4)
+    assert whole["kept"] == whole["decode_kept"] == [1, 1]
+    assert abs(sparse["bits"] - base["bits"]) > 1e-4
+    for cell in (sparse, hip):
+        assert abs(cell["decode_bits"] - base["decode_bits"]) > 1e-4
+    n, m, window = 201, 199, 16  # pairs of the tail: what is kept, the window, itself
+    for layer, kept in zip(sparse["layers"], sparse["kept"], strict=True):
+        pairs = (n * (kept * (m - window) + window) + n * (n + 1) / 2) / (n * m + n * (n + 1) / 2)
+        assert sum(layer["pairs"]) / 4 == pytest.approx(pairs, abs=0.02)
+        assert layer["density"] == pytest.approx(pairs, abs=0.1)  # of blocks of 128 queries
+        assert len(layer["recall"]) == 4 and 0 < min(layer["recall"]) < 1 and layer["error"] > 1e-3
+    assert sparse["baseline"]["prefill"] > 0 < sparse["prefill"]
+    assert all(layer["error"] < 1e-5 and layer["density"] == 1 for layer in whole["layers"])
+    assert "baseline" not in hip and hip["decode"] > 0
 
 
 def test_a_stopped_run_goes_on(tmp_path, monkeypatch, no_report):
@@ -111,7 +151,7 @@ def test_a_stopped_run_goes_on(tmp_path, monkeypatch, no_report):
 
         return step
 
-    for name in ("tasks", "look", "time"):
+    for name in ("tasks", "look", "time", "decode"):
         step = stop_after_three(name, getattr(Evaluation, name))
         monkeypatch.setattr(Evaluation, name, step)
     with pytest.raises(KeyboardInterrupt):
@@ -120,11 +160,12 @@ def test_a_stopped_run_goes_on(tmp_path, monkeypatch, no_report):
     assert done == want
     done.append(None)  # no more stops
     evaluate(tmp_path, "--lengths", 400, "--methods", "dense")
-    assert done[4:] == [("time", "400")]
+    assert done[4:] == [("time", "400"), ("decode", "400")]
     evaluate(tmp_path, "--lengths", 400, "--methods", "dense", SMALL)
-    assert done[5:] == [("tasks", "400", SMALL), ("look", "400", SMALL), ("time", "400")]
+    new = [("tasks", "400", SMALL), ("look", "400", SMALL), ("time", "400"), ("decode", "400")]
+    assert done[6:] == new
     found = evaluate(tmp_path, "--lengths", 400, "--methods", "dense", SMALL)
-    assert len(done) == 8 and list(found["cells"]["400"]) == ["sdpa", "dense", SMALL]
+    assert len(done) == 10 and list(found["cells"]["400"]) == ["sdpa", "dense", SMALL]
     with pytest.raises(SystemExit, match="results with another samples; give another folder"):
         evaluate(tmp_path, "--samples", 2)
 
@@ -144,6 +185,7 @@ def test_results_of_other_settings_are_not_taken(tmp_path, monkeypatch, no_repor
         patch.setattr(Evaluation, "tasks", lambda self, *at: self.cell(*at).update(cell))
         patch.setattr(Evaluation, "look", lambda *args: None)
         patch.setattr(Evaluation, "time", lambda *args: None)
+        patch.setattr(Evaluation, "decode", lambda *args: None)
         found = evaluate(tmp_path, "--lengths", 300, "--methods", path)
     page = methods(found)
     assert "layer 1: FlexPrefill(gamma=0.5" in page and found["settings"]["machine"] in page
@@ -190,7 +232,7 @@ def test_an_error_in_a_method_is_not_hidden(monkeypatch):
             raise error
 
         monkeypatch.setattr(FlexPrefill, "select", select)
-        look = Look(parse("flex_prefill"), None)
+        look = Look("one", parse("flex_prefill").settings, None)
         look(*given)
         return look.layers[0]["recall"]
 
@@ -199,7 +241,7 @@ def test_an_error_in_a_method_is_not_hidden(monkeypatch):
         with pytest.raises(type(error), match=str(error)):
             fails(error)
     monkeypatch.delattr(FlexPrefill, "select")
-    look = Look(parse("flex_prefill"), None)
+    look = Look("one", parse("flex_prefill").settings, None)
     look(*given)
     assert look.layers[0]["recall"] is None and look.layers[0]["density"] == 1
 

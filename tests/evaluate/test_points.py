@@ -7,10 +7,11 @@ from sparse_attn.evaluate.report import series, summary
 def cell(bits, needles, attention, density=None):
     layers = None if density is None else [{"density": density, "recall": None}, None]
     return {"bits": bits, "needles": {"0.000": needles}, "attention": attention,
-            "prefill": attention + 1, "layers": layers}  # fmt: skip
+            "prefill": attention + 1, "layers": layers, "decode": attention / 2,
+            "decode_bits": None}  # fmt: skip
 
 
-BASE = cell(2.0, 0.56, 1.0)
+BASE = cell(2.0, 0.56, 1.0) | {"decode_bits": 3.0}
 CELLS = {
     "sdpa": BASE,
     "one:a=1": cell(2.009, 0.56, 0.5, 0.4),
@@ -34,12 +35,23 @@ def test_limits():
 def test_the_fastest_within_the_limits():
     rows = operating_points(RESULTS, 4096)
     assert rows == [
-        ["one:a=2", "30.0%", "4.00×", "1.60×", "0.0020", "1.0"],
-        ["other: no setting within the limits", *["–"] * 5],
+        ["one:a=2", "30.0%", "4.00×", "1.60×", "4.00×, dense", "0.0020", "1.0"],
+        ["other: no setting within the limits", *["–"] * 6],
     ]
     assert markdown(rows).splitlines()[1:3] == [
-        "| --- | --- | --- | --- | --- | --- |",
-        "| one:a=2 | 30.0% | 4.00× | 1.60× | 0.0020 | 1.0 |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
+        "| one:a=2 | 30.0% | 4.00× | 1.60× | 4.00×, dense | 0.0020 | 1.0 |",
+    ]
+
+
+def test_a_method_with_a_baseline_of_its_own():
+    """Behind a prepared context the tail is timed, which is faster than any whole prefill."""
+    tail = cell(2.0, 0.56, 0.1, 0.5) | {"baseline": {"attention": 0.2, "prefill": 2.2}}
+    cells = {"sdpa": BASE, "one:a=1": tail | {"decode_bits": 3.0125}, "one:a=2": CELLS["one:a=2"]}
+    assert operating_points({"cells": {"9": cells}, "methods": METHODS}, 9)[0][0] == "one:a=2"
+    del cells["one:a=2"]
+    assert operating_points({"cells": {"9": cells}, "methods": METHODS}, 9) == [
+        ["one:a=1", "50.0%", "2.00×", "2.00×", "10.00×, +0.0125", "0.0000", "0.0"]
     ]
 
 

@@ -6,6 +6,8 @@ import pytest
 
 from sparse_attn import Dense, FlexPrefill
 from sparse_attn.evaluate.specs import defaults, parse
+from sparse_attn.methods import METHODS
+from sparse_attn.squeezed.context import Parameters
 
 
 def test_names_and_options():
@@ -17,7 +19,22 @@ def test_names_and_options():
         "gamma=0.9,max_budget=None,variant=official",
     )
     assert parse("flex_prefill").setting == "defaults"
-    assert {"dense", "flex_prefill"} <= {spec.label for spec in defaults()}
+    assert [spec.label for spec in defaults()] == list(METHODS)
+
+
+def test_a_context_has_parameters():
+    spec = parse("squeezed:sparsity=0.7,coarse=0.01,shared=True")
+    assert spec.context == Parameters(sparsity=0.7, coarse=0.01, shared=True)
+    assert (spec.family, spec.setting) == ("squeezed", "sparsity=0.7,coarse=0.01,shared=True")
+    assert parse("squeezed").context == Parameters() and parse("dense").context is None
+
+
+def test_which_choose_in_decoding(tmp_path):
+    names = [spec.label for spec in defaults() if spec.decodes]
+    assert names == ["hip", "infinite_hip", "squeezed"]
+    path = tmp_path / "mine.json"
+    path.write_text(json.dumps({"method": "dense", "layers": {"1": {"method": "hip"}}}))
+    assert parse(str(path)).decodes
 
 
 def test_lists():
@@ -50,6 +67,10 @@ def test_a_file_of_layers(tmp_path):
     ("text", "message"),
     [
         ("flash", "flash: no such method 'flash'; there are .*'dense'"),
+        ("flex_prefil", r"there are .*; did you mean 'flex_prefill'\?"),
+        ("squeezed:keep=0.1", r"squeezed has no \['keep'\]; it has \['clusters'"),
+        ("flex_prefill:gama=0.9", r"it has .*; did you mean 'gamma'\?"),
+        ("squeezed:sparsity=1", "squeezed:sparsity=1: sparsity: got 1, expected 0 to below 1"),
         ("dense:size=3", r"dense:size=3: dense has no \['size'\]; it has \[\]"),
         ("flex_prefill:gamma", "expected field=value, each field once, got 'gamma'"),
         ("flex_prefill:gamma=0.5,gamma=1", "each field once, got 'gamma=1'"),
