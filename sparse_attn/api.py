@@ -88,15 +88,15 @@ def attention(
     backend = requested(backend)
     if return_stats:
         _not_in_a_graph()
-    dense_because = selector = None
+    why_dense = selector = None
     dense = False
     if index is not None:
         chosen, name = _given(index, query), "index"
     else:
         config = _able(method, query, key, causal, cache)
         name = config.name
-        dense_because = _dense_because(config, query, key, capacity, fallback, backend)
-        config = config if dense_because is None else Dense()
+        why_dense = dense_because(config, query, key, capacity, fallback, backend)
+        config = config if why_dense is None else Dense()
         dense = isinstance(config, Dense)
         selector = None if dense else config.selector(query, key, causal, scale, **cache)
         chosen = _choose(config, query, key, causal, scale, backend, cache, capacity)
@@ -115,7 +115,7 @@ def attention(
                 name,
                 attend.select(args, backend).backend,
                 chosen.density(query.shape[2], capacity, causal),
-                dense_because,
+                why_dense,
                 selector and selector[0].select(selector[1], backend).backend,
             )
         )
@@ -209,7 +209,7 @@ def _arguments(
     return (*states, causal, chosen.sink, chosen.window, scale, *pages)
 
 
-def _dense_because(
+def dense_because(
     config: Any,
     query: torch.Tensor,
     key: torch.Tensor,
@@ -218,6 +218,7 @@ def _dense_because(
     backend: str | None,
 ) -> str | None:
     """Why a call takes the dense path, None if it does not."""
+    backend = requested(backend)
     if not fallback:
         return None
     least = getattr(config, "min_length", 0)
@@ -288,7 +289,7 @@ def explain(
         reason = _why_not(config, query, key, causal, cache)
         if reason is not None:
             return "\n".join([*lines, f"cannot serve this call: {reason}"])
-        dense = _dense_because(config, query, key, capacity, fallback, backend)
+        dense = dense_because(config, query, key, capacity, fallback, backend)
         if dense is not None:
             lines.append(f"takes the dense path: {dense} (fallback=False forces the method)")
         elif not isinstance(config, Dense):

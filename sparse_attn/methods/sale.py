@@ -89,6 +89,7 @@ class Sale:
         causal: bool,
         scale: float | None,
         key_mean: torch.Tensor | None = None,
+        query_mean: torch.Tensor | None = None,
     ) -> tuple[Op, tuple[Any, ...]]:
         if isinstance(self.threshold, tuple):
             # the numbers travel as arguments of one kernel: a copy from the host would wait
@@ -99,7 +100,7 @@ class Sale:
             threshold = query.new_full((query.shape[1],), self.threshold, dtype=torch.float32)
         return ops.op, (
             query, key, threshold, self.q_block, self.kv_block, self.local, self.sink,
-            self.share_kv_heads, causal, scale, key_mean,
+            self.share_kv_heads, causal, scale, key_mean, query_mean,
         )  # fmt: skip
 
     def select(
@@ -111,14 +112,78 @@ class Sale:
         scale: float | None = None,
         backend: str | None = None,
         key_mean: torch.Tensor | None = None,
+        query_mean: torch.Tensor | None = None,
     ) -> BlockIndex:
-        """As every method's; `key_mean`, float32 [B, Hkv, D]: frozen mean of the keys.
+        """As every method's; `key_mean` [B, Hkv, D], `query_mean` [B, Hq, D] float32: frozen means.
 
-        For prefill in chunks: with one mean for all of them the codes of a whole block of keys do
-        not change from chunk to chunk. None: the mean of the keys of this call.
+        For prefill in chunks, see `SaleState`. None: the mean of the tokens of this call.
         """
-        op, args = self.selector(query, key, causal, scale, key_mean)
+        op, args = self.selector(query, key, causal, scale, key_mean, query_mean)
         return BlockIndex(*op(*args, backend=backend), self.q_block, self.kv_block)
+
+
+class SaleState:
+    """One layer's prompt in chunks: the means of the first chunk serve all that follow.
+
+    So a whole block of tokens has the same codes in every chunk, and chunks that end at multiples
+    of q_block and kv_block choose what the whole prompt with these means would. Without a state
+    each chunk takes the means of its own call; both are exact in what they attend to, a mean only
+    moves what the estimate rounds.
+
+        state = SaleState(Sale(threshold=0.004))
+        out, lse = state.attention(query, key, value)  # once per chunk, on all keys so far
+
+    Attributes:
+        config: how blocks are chosen.
+        key_mean, query_mean: float32 [B, Hkv, D] and [B, Hq, D], None before the first chunk.
+    """
+
+    def __init__(self, config: Sale | None = None) -> None:
+        if config is not None and not isinstance(config, Sale):
+            raise TypeError(f"config: got {config!r}, expected a Sale, such as Sale(threshold=0.1)")
+        self.config = Sale() if config is None else config
+        self.reset()
+
+    def reset(self) -> None:
+        """Forgets the means: for a new prompt."""
+        self.key_mean: torch.Tensor | None = None
+        self.query_mean: torch.Tensor | None = None
+        self._keys = 0
+
+    def attention(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        *,
+        scale: float | None = None,
+        backend: str | None = None,
+        fallback: bool = True,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """One chunk: (out, lse) of queries [B, Hq, Tq, D] on key and value [B, Hkv, Tk, D], Tk all.
+
+        Causal. Takes new means where the shapes are not those of a next chunk. The dense path
+        where `sparse_attn.attention` takes it; `fallback=False` refuses it.
+        """
+        from .. import api
+
+        before = key.shape[2] - query.shape[2]
+        means = (self.key_mean, self.query_mean)
+        like = all(
+            mean is not None and mean.shape == (*x.shape[:2], x.shape[3])
+            for mean, x in zip(means, (key, query), strict=True)
+        )
+        if not (like and before > 0 and before == self._keys):
+            self.key_mean, self.query_mean = (
+                x.detach().mean(2, dtype=torch.float32) for x in (key, query)
+            )
+        self._keys = key.shape[2]
+        options: dict[str, Any] = {"scale": scale, "backend": backend}
+        how: dict[str, Any] = {"method": "dense"}
+        if api.dense_because(self.config, query, key, key.shape[2], fallback, backend) is None:
+            means = {"key_mean": self.key_mean, "query_mean": self.query_mean}
+            how = {"index": self.config.select(query.detach(), key.detach(), **options, **means)}
+        return api.attention(query, key, value, **how, **options, return_lse=True)
 
 
 def _read(path: str | Path) -> dict[str, Any]:

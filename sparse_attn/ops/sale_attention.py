@@ -18,7 +18,7 @@ op = Op(
 
 @op.fake
 def _(query, key, value, threshold, q_block=64, kv_block=32, local=128, sink=32,
-      share_kv_heads=False, causal=True, scale=None, key_mean=None):  # fmt: skip
+      share_kv_heads=False, causal=True, scale=None, key_mean=None, query_mean=None):  # fmt: skip
     return fake_result(query, value)
 
 
@@ -29,7 +29,7 @@ def _(query, key, value, *options):
 
 
 def _run(backend, query, key, value, *options):
-    _, q_block, kv_block, _, _, _, causal, scale, _ = options
+    _, q_block, kv_block, _, _, _, causal, scale, *_ = options
     lists = select(query, key, *options, backend=backend)
     return attend(
         query, key, value, *lists, q_block, kv_block, causal, scale=scale, backend=backend

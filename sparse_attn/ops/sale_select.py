@@ -12,7 +12,7 @@ from .sale_threshold import op as bar
 
 OPTIONS = (
     f"Tensor threshold, {sale.GRID}, bool share_kv_heads=False, bool causal=True, "
-    "float? scale=None, Tensor? key_mean=None"
+    "float? scale=None, Tensor? key_mean=None, Tensor? query_mean=None"
 )
 
 op = Op("sale_select", f"(Tensor query, Tensor key, {OPTIONS}) -> (Tensor indices, Tensor counts)")
@@ -20,14 +20,14 @@ op = Op("sale_select", f"(Tensor query, Tensor key, {OPTIONS}) -> (Tensor indice
 
 @op.fake
 def _(query, key, threshold, q_block=64, kv_block=32, local=128, sink=32, share_kv_heads=False,
-      causal=True, scale=None, key_mean=None):  # fmt: skip
+      causal=True, scale=None, key_mean=None, query_mean=None):  # fmt: skip
     heads = key.shape[1] if share_kv_heads else query.shape[1]
     return fake_lists(query, heads, key.shape[2], q_block, kv_block)
 
 
 @op.validate
 def _(query, key, threshold, q_block, kv_block, local, sink, share_kv_heads, causal, scale,
-      key_mean):  # fmt: skip
+      key_mean, query_mean):  # fmt: skip
     check.query_key(query, key)
     if query.shape[3] % 2 != 0:
         raise ValueError(f"query: head_dim {query.shape[3]}, expected an even one")
@@ -36,18 +36,20 @@ def _(query, key, threshold, q_block, kv_block, local, sink, share_kv_heads, cau
     sale.check_share(share_kv_heads)
     sale.check_causal(causal)
     check.finite_scale(scale)
-    if key_mean is not None:
-        sale.check_vector("key_mean", key_mean, (*key.shape[:2], key.shape[3]), "key")
-        sale.check_device("key_mean", key_mean, query, "query")
+    for name, mean, x in (("key_mean", key_mean, key), ("query_mean", query_mean, query)):
+        if mean is not None:
+            sale.check_vector(name, mean, (*x.shape[:2], x.shape[3]), name.removesuffix("_mean"))
+            sale.check_device(name, mean, query, "query")
 
 
 def _run(backend, query, key, threshold, q_block, kv_block, local, sink, share_kv_heads, causal,
-         scale, key_mean):  # fmt: skip
+         scale, key_mean, query_mean):  # fmt: skip
     if scale is not None and scale < 0:
         query, scale = -query, -scale
+        query_mean = None if query_mean is None else -query_mean
     grid = (q_block, kv_block, local, sink)
     groups = query.shape[1] // key.shape[1]
-    q_packed, q_step, q_mean = quantize(query, None, "query", backend=backend)
+    q_packed, q_step, q_mean = quantize(query, query_mean, "query", backend=backend)
     k_packed, k_step, k_mean = quantize(key, key_mean, "key", kv_block, backend=backend)
     theta = bar(query, key, k_mean, threshold, *grid, causal, scale, backend=backend)
     bias = sale.dots(key, k_mean, q_mean.unflatten(1, (-1, groups)))

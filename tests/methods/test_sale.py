@@ -7,10 +7,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import sparse_attn
 from sparse_attn import BlockIndex, Sale
 from sparse_attn.calibrate_sale import START, calibrate_sale
-from sparse_attn.methods.sale import METHOD
-from sparse_attn.ops.sale_quantize import op as quantize
-from sparse_attn.ops.sale_select import op as sale_select
-from tests.cases import Shape, inputs
+from sparse_attn.methods.sale import METHOD, SaleState
+from tests.cases import FLOOR, Shape, assert_as_accurate, inputs
 from tests.ops.test_sale_select import structured
 
 
@@ -96,27 +94,61 @@ def test_chunks_batches_and_shared_lists():
     assert index.density(600, 1500) > own.density(600, 1500)
 
 
-def test_chunked_prefill_with_a_frozen_mean_of_the_keys():
-    """One mean for all chunks: the codes of a block of keys stay, and so does what is chosen."""
-    query, key, value = structured("sharp", 1536)
-    config = Sale(threshold=(0.02, 0.01, 0.02, 0.01))
-    mean = key[:, :, :512].float().mean(2)
-    codes, steps, _ = quantize(key, mean, "key")
-    outs = []
-    for end in (512, 1024, 1536):
-        q, k, v = query[:, :, end - 512 : end], key[:, :, :end], value[:, :, :end]
-        part, part_steps, _ = quantize(k, mean, "key")
-        assert torch.equal(part, codes[:, :, :end])
-        assert torch.equal(part_steps, steps[:, :, : end // 8])
-        index = config.select(q, k, key_mean=mean)
-        want = sale_select(q, k, torch.tensor(config.threshold), key_mean=mean)
-        assert all(torch.equal(x, y) for x, y in zip(index[:2], want, strict=True))
-        outs.append(sparse_attn.attention(q, k, v, index=index))
-    assert index.density(512, 1536) < 0.9
-    dense = sparse_attn.attention(query, key, value, "dense").float()
-    assert (torch.cat(outs, 2) - dense).norm() < 0.1 * dense.norm()
-    with pytest.raises(ValueError, match="key_mean: shape is"):
-        config.select(query, key, key_mean=mean[..., :32])
+@pytest.mark.parametrize("share", [False, True])
+def test_chunks_with_frozen_means_are_the_whole_prompt_with_them(share):
+    """The codes of a block stay from chunk to chunk, and so does, bit for bit, what is chosen."""
+    tensors = [torch.cat([x, x.flip(1)]) for x in structured("sharp", 1500)]
+    query, key, value = tensors
+    config = Sale(threshold=(0.02, 0.01, 0.02, 0.01), min_length=0, share_kv_heads=share)
+    state, outs = SaleState(config), []
+    means = {f"{n}_mean": x[:, :, :512].mean(2, dtype=torch.float32)
+             for n, x in (("query", query), ("key", key))}  # fmt: skip
+    whole = config.select(query, key, **means)
+    for start, end in ((0, 512), (512, 1024), (1024, 1500)):
+        q, k, v = query[:, :, start:end], key[:, :, :end], value[:, :, :end]
+        out, lse = state.attention(q, k, v, fallback=False)
+        assert torch.equal(state.key_mean, means["key_mean"])
+        assert torch.equal(state.query_mean, means["query_mean"])
+        index = config.select(q, k, **means)
+        rows = slice(start // 64, -(-end // 64))
+        want = whole.to_mask(1500)[:, :, rows, : -(-end // 32)]
+        assert torch.equal(index.to_mask(end), want)
+        assert torch.equal(out, sparse_attn.attention(q, k, v, index=index))
+        outs.append(out)
+    assert index.density(476, 1500) < 0.9
+    want = sparse_attn.attention(query, key, value, index=whole)
+    assert_as_accurate(torch.cat(outs, 2), *(
+        sparse_attn.attention(*(x.to(dtype) for x in tensors), index=whole, backend="reference")
+        for dtype in (torch.float64, torch.bfloat16)
+    ), FLOOR[torch.bfloat16])  # fmt: skip
+    own = config.select(query[:, :, 512:1024], key[:, :, :1024])  # means of its own
+    assert not torch.equal(own.to_mask(1024), whole.to_mask(1500)[:, :, 8:16, :32])
+
+
+def test_a_state_takes_new_means_when_it_must():
+    query, key, value = structured("sharp", 300)
+    state = SaleState(Sale(min_length=0))
+
+    def step(start, end, heads=4, flip=False):
+        args = (query[:, :heads, start:end], key[:, :, :end], value[:, :, :end])
+        before = state.key_mean
+        state.attention(*(x.flip(3) if flip else x for x in args), fallback=False)
+        return state.key_mean is before
+
+    assert [step(0, 100), step(100, 200), step(200, 300)] == [False, True, True]
+    assert not step(0, 100, flip=True), "a new prompt"
+    assert not step(150, 300), "tokens were skipped"
+    assert not step(0, 100) and step(100, 101) and not step(101, 102, heads=2), "other heads"
+    state.reset()
+    assert state.key_mean is state.query_mean is None
+    out, _ = SaleState().attention(query, key, value)  # shorter than min_length
+    assert torch.equal(out, sparse_attn.attention(query, key, value, "dense"))
+    with pytest.raises(TypeError, match="config: got 'sale', expected a Sale"):
+        SaleState("sale")
+    for name, of in (("key_mean", 4), ("query_mean", 2)):
+        wrong = torch.zeros(1, of, query.shape[3])
+        with pytest.raises(ValueError, match=f"{name}: shape is"):
+            Sale().select(query, key, **{name: wrong})
 
 
 def test_thresholds_per_head_cost_the_same_few_operations():
@@ -180,6 +212,45 @@ def test_padded_prompts_in_transformers(side):
         want = sparse_attn.attention(*alone, config, fallback=False)
         assert torch.equal(out[b : b + 1, tokens].transpose(1, 2), want)
     assert sparse_attn.select(*alone[:2], config).density(600, 600) < 0.8
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_left_padded_prompts_in_chunks_in_transformers(frozen):
+    """The means, of a call or frozen, are those of real tokens of one sequence."""
+    transformers = pytest.importorskip("transformers")
+    integration = pytest.importorskip("sparse_attn.integrations.transformers")
+    config, states = Sale(threshold=0.05, min_length=0), {}
+
+    def attend(query, key, value, layer, causal, scale):
+        if not frozen:
+            return sparse_attn.attention(query, key, value, config, scale=scale, fallback=False)
+        state = states.setdefault(key.shape[2] % 400, SaleState(config))  # what tells them apart
+        return state.attention(query, key, value, scale=scale, fallback=False)[0]
+
+    integration.register_function(attend, "sale_chunks")
+    run = transformers.AttentionInterface()["sale_chunks"]
+    query, key, value = (torch.cat([x, x.flip(1)]) for x in structured("sharp", 1200))
+    pad = 300
+    for x in (key, value):
+        x[1, :, :pad] = 1e4  # would win every block
+    alone = {b: SaleState(config) for b in (0, 1)}
+    for start in (0, 400, 800):
+        end = start + 400
+        real = torch.arange(end) >= torch.tensor([0, pad])[:, None]
+        i = torch.arange(start, end)[:, None]
+        mask = real[:, None, None] & (torch.arange(end) <= i)
+        out, _ = run(torch.nn.Module(), query[:, :, start:end], key[:, :, :end],
+                     value[:, :, :end], mask, is_causal=True)  # fmt: skip
+        for b in (0, 1):
+            first = max(start, b * pad)
+            own = (
+                query[b : b + 1, :, first:end],
+                *(x[b : b + 1, :, b * pad : end] for x in (key, value)),
+            )
+            want = sparse_attn.attention(*own, config, fallback=False)
+            if frozen:
+                want, _ = alone[b].attention(*own, fallback=False)
+            assert torch.equal(out[b : b + 1, first - start :].transpose(1, 2), want)
 
 
 def test_no_other_head_dim_or_mask():

@@ -220,6 +220,18 @@ def test_a_chunk_with_frozen_means_chooses_alike(run):
 
 
 @pytest.mark.parametrize("run", RUNS, ids=str)
+def test_a_chunk_with_both_means_chooses_the_same(run):
+    query, key, _ = structured("mixed", brief(run, 700, 270))
+    means = {"key_mean": key[:, :, :128].float().mean(2),
+             "query_mean": query[:, :, :128].float().mean(2)}  # fmt: skip
+    whole = mask_of(run, query, key, 0.02, **means)
+    assert torch.equal(mask_of(run, query[:, :, 128:], key, 0.02, **means), whole[:, :, 2:])
+    means["query_mean"] = -means["query_mean"]  # a scale below 0 turns queries and their mean
+    scale = -(query.shape[3] ** -0.5)
+    assert torch.equal(mask_of(run, -query, key, 0.02, scale=scale, **means), whole)
+
+
+@pytest.mark.parametrize("run", RUNS, ids=str)
 def test_nan_is_kept(run):
     dtype = torch.bfloat16 if run[0] == "cuda" else torch.float32
     query, key, _ = inputs(Shape(Tq=300, Tk=300), dtype)
@@ -237,6 +249,7 @@ def test_nan_is_kept(run):
         ({"causal": False}, "causal: SALE is defined for causal prefill"),
         ({"scale": float("inf")}, "scale: got inf, expected a number"),
         ({"key_mean": torch.zeros(1, 1, 32)}, "key_mean: shape is"),
+        ({"query_mean": torch.zeros(1, 1, 64)}, r"query_mean: shape is .* expected \(1, 2, 64\)"),
         ({"local": 1.5}, "local: got 1.5, expected an integer"),
     ],
 )
@@ -250,6 +263,7 @@ def test_bad_input(change, message):
 def test_opcheck(overload):
     query, key, _ = inputs(Shape(Tq=60, Tk=90), torch.bfloat16)
     args = (query, key, torch.full((2,), 0.1), 32, 16, 20, 5, True)
+    args = (*args, True, None, *(torch.zeros(1, h, 64) for h in (1, 2)))
     opcheck(getattr(torch.ops.sparse_attn.sale_select, overload), args)
 
 
