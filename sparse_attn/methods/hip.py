@@ -15,8 +15,32 @@ from ..ops.block_sparse_attention import op as attend
 from ..registry import Op
 
 
+class Search:
+    """What `HiP` and `InfiniteHiP` share: an operator that takes caches, a sink and a window."""
+
+    takes_cache: ClassVar[bool] = True
+
+    def why_not(self, query: torch.Tensor, key: torch.Tensor, causal: bool) -> str | None:
+        return None
+
+    def select(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        *,
+        causal: bool = True,
+        scale: float | None = None,
+        backend: str | None = None,
+        block_table: torch.Tensor | None = None,
+        kv_lengths: torch.Tensor | None = None,
+    ) -> BlockIndex:
+        op, args = self.selector(query, key, causal, scale, block_table, kv_lengths)
+        indices, counts = op(*args, backend=backend)
+        return BlockIndex(indices, counts, self.q_block, self.kv_block, self.sink, self.window)
+
+
 @dataclass(frozen=True)
-class HiP:
+class HiP(Search):
     """Keeps about `budget` tokens per query block, beside a sink and a window.
 
     Attributes:
@@ -47,7 +71,6 @@ class HiP:
     share_kv_heads: bool = False
 
     name: ClassVar[str] = "hip"
-    takes_cache: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         ops.check_options(
@@ -56,9 +79,6 @@ class HiP:
         )  # fmt: skip
         if not isinstance(self.share_kv_heads, bool):
             raise TypeError(f"share_kv_heads: got {self.share_kv_heads!r}, expected True or False")
-
-    def why_not(self, query: torch.Tensor, key: torch.Tensor, causal: bool) -> str | None:
-        return None
 
     def selector(
         self,
@@ -74,21 +94,6 @@ class HiP:
             self.sink, self.window, self.representative, self.branch, self.share_kv_heads, causal,
             scale, block_table, kv_lengths,
         )  # fmt: skip
-
-    def select(
-        self,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        *,
-        causal: bool = True,
-        scale: float | None = None,
-        backend: str | None = None,
-        block_table: torch.Tensor | None = None,
-        kv_lengths: torch.Tensor | None = None,
-    ) -> BlockIndex:
-        op, args = self.selector(query, key, causal, scale, block_table, kv_lengths)
-        indices, counts = op(*args, backend=backend)
-        return BlockIndex(indices, counts, self.q_block, self.kv_block, self.sink, self.window)
 
 
 class HiPState:

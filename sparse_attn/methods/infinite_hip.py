@@ -7,13 +7,13 @@ from typing import Any, ClassVar
 
 import torch
 
-from ..block_index import BlockIndex
 from ..ops import hip_prune_select as ops
 from ..registry import Op
+from .hip import Search
 
 
 @dataclass(frozen=True)
-class InfiniteHiP:
+class InfiniteHiP(Search):
     """Prunes all keys to the budget of the last stage, beside a sink and a window.
 
     Attributes:
@@ -40,7 +40,6 @@ class InfiniteHiP:
     merge_heads: str = "none"
 
     name: ClassVar[str] = "infinite_hip"
-    takes_cache: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         ops.check_options(
@@ -50,8 +49,9 @@ class InfiniteHiP:
         for name in ("chunks", "keeps", "q_strides"):  # a list has no hash
             object.__setattr__(self, name, tuple(getattr(self, name)))
 
-    def why_not(self, query: torch.Tensor, key: torch.Tensor, causal: bool) -> str | None:
-        return None
+    @property
+    def kv_block(self) -> int:
+        return self.chunks[-1]
 
     def selector(
         self,
@@ -67,21 +67,6 @@ class InfiniteHiP:
             self.sink, self.window, self.representative, self.merge_heads, causal, scale,
             block_table, kv_lengths,
         )  # fmt: skip
-
-    def select(
-        self,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        *,
-        causal: bool = True,
-        scale: float | None = None,
-        backend: str | None = None,
-        block_table: torch.Tensor | None = None,
-        kv_lengths: torch.Tensor | None = None,
-    ) -> BlockIndex:
-        op, args = self.selector(query, key, causal, scale, block_table, kv_lengths)
-        indices, counts = op(*args, backend=backend)
-        return BlockIndex(indices, counts, self.q_block, self.chunks[-1], self.sink, self.window)
 
 
 METHOD = InfiniteHiP

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from sparse_attn.ops.hip_prune_select import op
 from sparse_attn.reference import hip_prune_select as reference
 from tests import hip, hip_official
-from tests.cases import CUDA, DTYPES, Shape, call, opcheck
+from tests.cases import DTYPES, Shape, opcheck
 from tests.cases import inputs as random_inputs
 
 ORACLES = Path(__file__).parents[1] / "oracles" / "hip"
@@ -25,26 +25,11 @@ STAGES = {"chunks": [64, 32, 8], "keeps": [512, 256, 64], "q_strides": [4, 2, 1]
 
 def mask_of(query, key, run=("reference", None), **options):
     """[B, H', Mq, Nk] bool, after checking that the index is legal and as long as promised."""
-    indices, counts = call(op, run, query, key, **options)
-    values = dict(zip(op._signature.parameters, op.bind(query, key, **options), strict=True))
-    q_block, kv_block, keep = values["q_block"], values["chunks"][-1], values["keeps"][-1]
-    table, lengths = values["block_table"], values["kv_lengths"]
-    capacity = key.shape[2] if table is None else table.shape[1] * key.shape[2]
-    rows, blocks = -(-query.shape[2] // q_block), -(-capacity // kv_block)
-    keep = -(-keep // kv_block)
-    heads = {"none": query.shape[1], "group": key.shape[1], "all": 1}[values["merge_heads"]]
-    assert indices.shape == (query.shape[0], heads, rows, min(keep, blocks))
-    assert counts.shape == indices.shape[:3]
-    mask = hip.mask_of(indices, counts, blocks)
-    for b in range(query.shape[0]):
-        n_keys = capacity if lengths is None else int(lengths[b])
-        for m in range(rows):
-            last = n_keys - query.shape[2] + min((m + 1) * q_block, query.shape[2]) - 1
-            end = max(0, last - values["window"] + 1) if values["causal"] else n_keys
-            start, end = values["sink"] // kv_block, -(-end // kv_block)
-            assert (counts[b, :, m] <= min(keep, max(0, end - start))).all()
-            assert not mask[b, :, m, :start].any() and not mask[b, :, m, end:].any()
-    return mask
+    kv_block = options["chunks"][-1]
+    merge = options.get("merge_heads", "none")
+    heads = {"none": query.shape[1], "group": key.shape[1], "all": 1}[merge]
+    keep = -(-options["keeps"][-1] // kv_block)
+    return hip.legal_mask(op, query, key, run, options, keep, heads, kv_block, exactly=False)
 
 
 @pytest.mark.parametrize("file", sorted(x.stem for x in ORACLES.glob("v12_*.npz")))
@@ -59,8 +44,8 @@ def test_the_official_selection_with_its_quirks(file):
     assert want.any() and torch.equal(got, want)
 
 
-def any_options(data):
-    """Any legal options."""
+def any_options(data, length):
+    """Any legal options, whatever the length."""
     pick = lambda *xs: data.draw(st.sampled_from(xs))  # noqa: E731
     integer = lambda low, high: data.draw(st.integers(low, high))  # noqa: E731
     chunks = pick([64, 16, 8], [32, 4], [24, 12, 12], [9, 3], [40], [16, 1], [5], [20, 10])
@@ -78,39 +63,17 @@ def any_options(data):
 @settings(max_examples=20)
 @given(data=st.data())
 def test_equals_the_reference_exactly_ties_included(run, data):
-    """Whole numbers: every sum is exact, and most scores tie."""
-    length = data.draw(st.integers(3, brief(run, 400, 150)))
-    chunk = data.draw(st.integers(1, 12 if run[0] == "triton" else brief(run, 150, 70)))
-    dims = data.draw(st.sampled_from((8, 32, 40, 64)))
-    heads = data.draw(st.sampled_from(((1, 1), (4, 2), (3, 3))))
-    shape = Shape(B=data.draw(st.integers(1, 2)), Hq=heads[0], Hkv=heads[1], Tq=chunk, Tk=length,
-                  D=dims)  # fmt: skip
-    dtype = torch.bfloat16 if run[0] == "cuda" else data.draw(st.sampled_from(DTYPES))
-    query, key = hip.whole_numbers(shape, dtype)
-    options = any_options(data)
-    got, want = (mask_of(query, key, r, **options) for r in (run, ("reference", None)))
-    assert torch.equal(got, want)
+    hip.equals_the_reference_ties_included(mask_of, run, data, any_options, 150)
 
 
 @pytest.mark.parametrize("run", KERNELS, ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("merge", ["none", "group", "all"])
 def test_equals_the_reference_where_no_score_nearly_ties(run, dtype, merge):
-    if run[0] == "cuda" and dtype == torch.float32:
-        pytest.skip("float32 is served by others")
-    shape = Shape(Hq=4, Hkv=2, Tq=brief(run, 150, 40), Tk=brief(run, 900, 300))
-    query, key = hip.smooth_keys(shape, length=64, dtype=dtype)
     # descents of one chunk may take the other half; what the choice sees of it is a score
     options = {"chunks": [32, 8], "keeps": [160, 48], "q_strides": [2, 1], "q_block": 32,
                "sink": 5, "window": 20, "merge_heads": merge}  # fmt: skip
-    exact = {}
-    gaps = hip.nearest_ties(
-        reference, lambda: exact.update(mask=mask_of(query.double(), key.double(), **options))
-    )
-    clear = (gaps > 1e-2).view(-1, exact["mask"].shape[1]).T
-    got = mask_of(query, key, run, **options)[0]
-    assert clear.float().mean() > 0.5
-    assert torch.equal(got[clear], exact["mask"][0][clear])
+    hip.equals_the_reference_but_near_ties(mask_of, reference, run, dtype, options, 1e-2, 64)
 
 
 @pytest.mark.parametrize("run", RUNS, ids=str)
@@ -135,21 +98,14 @@ def test_merged_heads_share_what_any_of_them_likes_most(run, merge):
 @pytest.mark.parametrize("run", RUNS, ids=str)
 def test_room_for_all_keeps_all(run):
     """With the sink and the window each query sees each key up to itself."""
-    for n_queries, n_keys, q_block, chunks, sink, window in (
+    for *shape, q_block, chunks, sink, window in (
         (70, 70, 64, [32, 8], 16, 30), (33, 90, 5, [9, 3], 4, 7), (1, 57, 1, [8], 3, 10),
         (90, 33, 16, [64, 2], 0, 0), (20, 20, 7, [4], 50, 50),
     ):  # fmt: skip
-        shape = Shape(Tq=n_queries, Tk=n_keys, Hq=2, Hkv=1, D=16)
-        query, key, _ = random_inputs(shape, dtype_for(run))
-        mask = mask_of(
-            query, key, run, chunks=chunks, keeps=[1000] * len(chunks),
-            q_strides=[1] * len(chunks), q_block=q_block, sink=sink, window=window,
-        )[0, 0]  # fmt: skip
-        token = torch.arange(n_keys)
-        for i in range(n_queries):
-            p = n_keys - n_queries + i
-            seen = mask[i // q_block][token // chunks[-1]] | (token < sink) | (token > p - window)
-            assert seen[: max(p + 1, 0)].all()
+        stages = len(chunks)
+        options = {"chunks": chunks, "keeps": [1000] * stages, "q_strides": [1] * stages}
+        options |= {"q_block": q_block, "sink": sink, "window": window}
+        hip.sees_each_key_up_to_itself(mask_of, run, shape, chunks[-1], options)
 
 
 @pytest.mark.parametrize("run", RUNS, ids=str)
@@ -164,117 +120,57 @@ def test_ties_go_to_the_lower_chunk(run):
 
 @pytest.mark.parametrize("run", RUNS, ids=str)
 def test_keys_of_the_window_and_later_do_not_vote(run):
-    query, key = hip.smooth_keys(Shape(Tq=64, Tk=400), dtype=dtype_for(run))
     options = STAGES | {"keeps": [256, 96, 32], "q_block": 32, "window": 40, "sink": 16}
-    before = mask_of(query, key, run, **options)
-    key[:, :, 368 - 40 :] *= 50
-    after = mask_of(query, key, run, **options)
-    assert torch.equal(before[:, :, 0], after[:, :, 0])
-    assert not torch.equal(before[:, :, 1], after[:, :, 1])
+    hip.ignores_keys_of_the_window_and_later(mask_of, run, options)
 
 
 @pytest.mark.parametrize("run", RUNS, ids=str)
 def test_batches_strides_and_repeats(run):
-    query, key = hip.smooth_keys(Shape(B=2, Hq=4, Hkv=2, Tq=65, Tk=300), dtype=dtype_for(run))
     options = STAGES | {"q_block": 32, "window": 17, "keeps": [256, 96, 32], "sink": 8}
-    both = mask_of(query, key, run, **options)
-    for b in range(2):
-        alone = mask_of(query[b : b + 1], key[b : b + 1], run, **options)
-        assert torch.equal(both[b : b + 1], alone)
-    strided = [x.transpose(1, 2).contiguous().transpose(1, 2) for x in (query, key)]
-    assert torch.equal(both, mask_of(*strided, run, **options))
-    chunk = mask_of(query[:, :, 32:], key, run, **options)
-    assert torch.equal(both[:, :, 1:], chunk)
+    hip.knows_batches_strides_and_chunks(mask_of, run, options)
 
 
 @pytest.mark.parametrize("run", RUNS, ids=str)
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e4])
 def test_strange_numbers(run, value):
-    """A NaN does not count; lists stay legal and equal the reference's."""
-    query, key = hip.whole_numbers(Shape(Tq=33, Tk=300, Hq=2, Hkv=1), dtype_for(run))
-    key[:, :, 100:140, 3] = value
-    query[:, 1, 5] = value
     options = STAGES | {"keeps": [192, 64, 16], "q_block": 16, "window": 9, "sink": 0}
-    got = mask_of(query, key, run, **options)
-    assert torch.equal(got, mask_of(query, key, **options))
-    query[:] = float("nan")
-    assert torch.equal(mask_of(query, key, run, **options), mask_of(query, key, **options))
+    hip.passes_strange_numbers_over(mask_of, run, value, options)
 
 
 @pytest.mark.parametrize("run", RUNS, ids=str)
 @pytest.mark.parametrize("page_size", [None, 16, 32, 128])
 def test_pages(run, page_size):
-    shape = Shape(B=3, Hq=4, Hkv=2, Tq=brief(run, 40, 17), Tk=270)
-    query, key = hip.smooth_keys(shape, dtype=dtype_for(run))
-    lengths = [270, 131, 0]
     options = STAGES | {"keeps": [192, 64, 16], "q_block": 16, "window": 10, "sink": 4}
-    pages, table, n = hip.paged(key, page_size, lengths)
-    got = mask_of(query, pages, run, **options, block_table=table, kv_lengths=n)
-    for b, length in enumerate(lengths):
-        if length == 0:
-            assert not got[b].any()
-            continue
-        alone = mask_of(query[b : b + 1], key[b : b + 1, :, :length], run, **options)
-        assert torch.equal(got[b : b + 1, ..., : alone.shape[-1]], alone)
-        assert not got[b, ..., alone.shape[-1] :].any()
+    hip.reads_any_pages(mask_of, run, page_size, options)
 
 
 @pytest.mark.parametrize("run", [r for r in KERNELS if r[0] != "cpp"], ids=str)
 @pytest.mark.parametrize("page_size", [None, 16])
 def test_a_wrong_cache_is_not_left(run, page_size):
-    """An undefined choice, but a legal one and no read outside: interpreter and executor tell."""
-    query, key = hip.smooth_keys(Shape(B=3, Tq=5, Tk=96), dtype=dtype_for(run))
-    pages, table, full = hip.paged(key, page_size, [96] * 3)
-    pages, wrong = torch.nan_to_num(pages), hip.GARBAGE
-    if table is not None:
-        table = wrong[torch.arange(table.numel()) % 3].view(table.shape)
     options = STAGES | {"keeps": [64, 32, 16], "q_block": 16, "window": 10, "sink": 4}
-    for lengths in (wrong,) if table is None else (full, wrong):
-        for change in ({}, {"causal": False}):
-            found = call(
-                op, run, query, pages, **options, **change, block_table=table, kv_lengths=lengths
-            )
-            hip.check_index(*found, 12)
+    hip.stays_in_a_wrong_cache(op, run, page_size, options, 12)
 
 
 @pytest.mark.parametrize("run", KERNELS, ids=str)
 def test_every_argument_reaches_the_kernel(run):
-    shape = Shape(Hq=4, Hkv=2, Tq=64, Tk=brief(run, 900, 400))
-    query, key = hip.whole_numbers(shape, dtype_for(run))
     base = STAGES | {"keeps": [256, 96, 32], "q_block": 32, "sink": 8, "window": 24}
-    seen = []
-    for change in ({}, {"chunks": [32, 16, 4]}, {"keeps": [256, 64, 40]}, {"q_block": 16},
-                   {"q_strides": [8, 8, 8]}, {"sink": 60}, {"window": 120},
-                   {"representative": "first"}, {"merge_heads": "group"}, {"merge_heads": "all"},
-                   {"causal": False}, {"scale": -1.0}):  # fmt: skip
-        got, want = (mask_of(query, key, r, **(base | change)) for r in (run, RUNS[0]))
-        assert torch.equal(got, want)
-        seen.append(tuple(got.float().mean((0, 2)).flatten().tolist()))
-    assert len(set(seen)) == len(seen)
+    changes = (
+        {"chunks": [32, 16, 4]}, {"keeps": [256, 64, 40]}, {"q_block": 16},
+        {"q_strides": [8, 8, 8]}, {"sink": 60}, {"window": 120}, {"representative": "first"},
+        {"merge_heads": "group"}, {"merge_heads": "all"}, {"causal": False}, {"scale": -1.0},
+    )  # fmt: skip
+    hip.every_argument_reaches(mask_of, run, base, changes)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the GPU decides the order of its threads")
 def test_the_order_of_threads_does_not_show():
-    query, key = hip.smooth_keys(Shape(Hq=2, Hkv=1, Tq=40, Tk=250), dtype=torch.bfloat16)
-    one, *others = (
-        call(
-            op, run, query, key, **(STAGES | {"keeps": [192, 64, 32], "q_block": 32, "window": 17})
-        )
-        for run in CUDA
-    )
-    assert all(torch.equal(x, y) for other in others for x, y in zip(one, other, strict=True))
+    options = STAGES | {"keeps": [192, 64, 32], "q_block": 32, "window": 17}
+    hip.ignores_the_order_of_threads(op, options)
 
 
 @pytest.mark.parametrize("threads", [1, 3])
 def test_threads_do_not_change_the_choice(threads):
-    query, key = hip.smooth_keys(Shape(Hq=3, Hkv=1, Tq=200, Tk=900))
-    before = torch.get_num_threads()
-    one = op(query, key, **STAGES)
-    try:
-        torch.set_num_threads(threads)
-        assert all(torch.equal(x, y) for x, y in zip(one, op(query, key, **STAGES), strict=True))
-    finally:
-        torch.set_num_threads(before)
+    hip.ignores_the_number_of_threads(op, threads, STAGES)
 
 
 BAD = [
@@ -330,23 +226,9 @@ def test_the_cpu_kernel_refuses_by_itself(change, message):
 
 
 @pytest.mark.parametrize("backend", ["cpp", "reference"])
-@pytest.mark.parametrize(
-    "page, length, message",
-    [
-        (-1, 30, "block_table: .* in use"),
-        (3, 30, "block_table: .* in use"),
-        (2, -1, "kv_lengths: .*(-1|a value is not in)"),
-        (2, 49, "kv_lengths: .*(49|a value is not in)"),
-    ],
-)
+@pytest.mark.parametrize("page, length, message", hip.NO_PAGES)
 def test_no_page_is_read_that_is_not_there(backend, page, length, message):
-    query, key = torch.randn(1, 2, 4, 32), torch.randn(3, 1, 16, 32)
-    table = torch.tensor([[0, page, 7]], dtype=torch.int32)  # the last is not in use
-    lengths = torch.tensor([length], dtype=torch.int32)
-    with pytest.raises(RuntimeError, match=message):
-        op(query, key, **STAGES, block_table=table, kv_lengths=lengths, backend=backend)
-    table[0, 1], lengths[0] = 2, 32
-    op(query, key, **STAGES, block_table=table, kv_lengths=lengths, backend=backend)
+    hip.refuses_a_page_that_is_not_there(op, backend, page, length, message, **STAGES)
 
 
 @pytest.mark.parametrize("overload", ["default", *BACKENDS])
