@@ -106,20 +106,13 @@ def attention(
         )
     args = _arguments(query, key, value, chosen, causal, scale, cache)
     out, lse = attend(*args, backend=backend)
-    results = [out]
-    if return_lse:
-        results.append(lse)
+    more: list[Any] = [lse] if return_lse else []
     if return_stats:
-        results.append(
-            Stats(
-                name,
-                attend.select(args, backend).backend,
-                chosen.density(query.shape[2], capacity, causal),
-                why_dense,
-                selector and selector[0].select(selector[1], backend).backend,
-            )
-        )
-    return results[0] if len(results) == 1 else tuple(results)
+        served_by = attend.select(args, backend).backend
+        density = chosen.density(query.shape[2], capacity, causal)
+        selected_by = selector and selector[0].select(selector[1], backend).backend
+        more.append(Stats(name, served_by, density, why_dense, selected_by))
+    return (out, *more) if more else out
 
 
 def _cache(block_table: Any, kv_lengths: Any) -> dict[str, Any]:
