@@ -191,6 +191,61 @@ def test_a_state_searches_again_when_it_must():
     assert step(4, 113, batch=1) == 0, "8 tokens are more than 5"
     state.reset()
     assert state.index is None and step(1, 300) == 0
+    lengths = torch.tensor([301, 301], dtype=torch.int32)
+    state.attention(query[:, :, :1], key, value, kv_lengths=lengths)
+    assert state.age == 0, "lengths came in"
+
+
+@pytest.mark.parametrize(
+    "q_block, refresh, steps",
+    [(4, 16, (8, 5)), (4, 16, (5, 8)), (8, 16, (8, 5)), (8, 16, (3, 8)), (4, 17, (8, 8)),
+     (4, 9, (9, 1))],
+)  # fmt: skip
+def test_no_key_is_invisible_where_steps_differ(q_block, refresh, steps):
+    """With room for all, steps of other lengths are dense attention, too."""
+    query, key, value = tensors(Hq=4, Hkv=2, Tq=20, Tk=220)
+    config = HiP(budget=500, window=16, sink=4, q_block=q_block, share_kv_heads=True)
+    state, n = HiPState(config, refresh), 200
+    for step in steps:
+        n += step
+        args = query[:, :, :step], key[:, :, :n], value[:, :, :n]
+        out, lse = state.attention(*args)
+        want = run(*args, "dense", return_lse=True)
+        torch.testing.assert_close(out, want[0], rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(lse, want[1], rtol=1e-5, atol=1e-5)
+    alike = steps[0] == steps[1] or max(steps) <= q_block
+    assert state.age == (steps[1] if alike else 0)
+
+
+@pytest.mark.parametrize("fixed", [True, False], ids=["fixed", "growing"])
+def test_a_step_in_parts_is_as_one_in_one_piece(fixed):
+    """The parts of a step, as graphs replay them: what search and attend compute, books apart."""
+    query, key, value = tensors(Hq=4, Hkv=2, Tq=30, Tk=240)
+    config = HiP(budget=500, window=16, sink=4, share_kv_heads=True)
+    state, one = HiPState(config, 8), HiPState(config, 8)
+    state.search(query[:, :, :1], key)  # as a capture does: it counts for nothing
+    due = []
+    for i in range(30):
+        step, n = query[:, :, i : i + 1], 200 + i
+        seen = (key, value) if fixed else (key[:, :, :n], value[:, :, :n])
+        cache = {"kv_lengths": torch.tensor([n], dtype=torch.int32)} if fixed else {}
+        due.append(state.advance(step, seen[0], **cache))
+        if due[-1]:
+            state.search(step, seen[0], **cache)
+        out, _ = state.attend(step, *seen, **cache)
+        want = run(step, key[:, :, :n], value[:, :, :n], "dense")
+        torch.testing.assert_close(out, want, rtol=1e-5, atol=1e-5)
+        assert torch.equal(out, one.attention(step, *seen, **cache)[0]) and state.age == one.age
+    assert due == [i % 8 == 0 for i in range(30)]
+
+
+def test_a_search_that_fails_leaves_no_choice():
+    query, key, value = tensors(Tq=1, Tk=300)
+    state = HiPState(HiP(budget=64, window=32), refresh=3)
+    state.attention(query, key[:, :, :299], value[:, :, :299])
+    with pytest.raises(ValueError, match="scale"):
+        state.search(query, key, scale=float("nan"))
+    assert state.index is None and state.advance(query, key)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
