@@ -53,10 +53,6 @@ PARTS = {
 
 def run_part(name: str, file: Path, seconds: float, dry: bool) -> None:
     """In a child process: one part."""
-    if dry:
-        from tests.interpreter import mend
-
-        mend()
     from bench.gpu.context import Context
 
     module, function = PARTS[name][0].split(".")

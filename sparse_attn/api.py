@@ -298,7 +298,7 @@ def explain(
 def _explain_op(op: Op, args: tuple[Any, ...], backend: str | None) -> list[str]:
     """An operator's backends: which one serves the call, and why not the others."""
     op.check(*args)
-    reasons = op.reasons(args)
+    reasons = op.reasons(args, asked=backend is not None)
     try:
         used = op.select(args, backend).backend
     except NotImplementedError:

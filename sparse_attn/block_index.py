@@ -98,15 +98,21 @@ class BlockIndex(NamedTuple):
         return self._listed(n_keys)
 
     def _listed(self, n_keys: int) -> torch.Tensor:
+        self._in_lists(n_keys)
+        return block_mask(self.indices, self.counts, -(-n_keys // self.kv_block))
+
+    def _in_lists(self, n_keys: int) -> torch.Tensor:
+        """Which places of the lists are in use, bool as `indices`; raises if a block is beyond."""
         n_blocks = -(-n_keys // self.kv_block)
         listed = torch.arange(self.indices.shape[-1], device=self.indices.device)
-        beyond = (listed < self.counts[..., None]) & (self.indices >= n_blocks)
+        listed = listed < self.counts[..., None]
+        beyond = listed & (self.indices >= n_blocks)
         if beyond.any():
             raise ValueError(
                 f"n_keys: got {n_keys}, {n_blocks} blocks of {self.kv_block}, but block "
                 f"{int(self.indices[beyond].max())} is listed"
             )
-        return block_mask(self.indices, self.counts, n_blocks)
+        return listed
 
     def _blocks_only(self, name: str, instead: str) -> None:
         if self.sink or self.window:
@@ -178,15 +184,24 @@ class BlockIndex(NamedTuple):
     def density(self, n_queries: int, n_keys: int, causal: bool = True) -> float:
         """Share of the (causally visible) blocks in which a pair is computed; read on the host.
 
-        Listed blocks above the causal diagonal do not count, since they are never computed.
+        Listed blocks above the causal diagonal do not count, since they are never computed. As
+        many as `computed` marks, counted from the lists: that takes no more memory than they do.
         """
-        mask = self.computed(n_queries, n_keys, causal)
-        if not causal:
-            return mask.float().mean().item()
-        visible = BlockIndex.full(
-            n_queries, n_keys, self.q_block, self.kv_block, device=mask.device
-        ).counts.sum()
-        return (mask.sum() / (visible * mask.shape[0] * mask.shape[1]).clamp(min=1)).item()
+        listed, n_blocks = self._in_lists(n_keys), -(-n_keys // self.kv_block)
+        first = torch.arange(self.indices.shape[2], device=self.indices.device) * self.q_block
+        last = (first + self.q_block).clamp(max=n_queries) - 1 + n_keys - n_queries
+        first = first + n_keys - n_queries
+        # ends of ranges of blocks [Mq]: visible, of the sink, and where the window's begins
+        seen = (last // self.kv_block + 1).clamp(0, n_blocks)
+        end = seen if causal else torch.full_like(seen, n_blocks)
+        sink = end.clamp(max=-(-self.sink // self.kv_block))
+        near = ((first - self.window + 1) // self.kv_block).clamp(min=0) if self.window else seen
+        alone = listed & (self.indices >= sink[:, None]) & (self.indices < end[:, None])
+        alone &= (self.indices < near[:, None]) | (self.indices >= seen[:, None])
+        always = sink + (seen - torch.maximum(near, sink)).clamp(min=0)
+        batch, heads = self.indices.shape[:2]
+        computed = int(alone.sum()) + batch * heads * int(always.sum())
+        return computed / max(batch * heads * int(end.sum()), 1)
 
     def to_flex(self, n_queries: int, n_keys: int, causal: bool = True) -> BlockMask:
         """The same pattern for FlexAttention.

@@ -28,6 +28,10 @@ DISPATCH_KEYS = {"cpu": "CPU", "cuda": "CUDA", "any": "CompositeExplicitAutograd
 OPS: dict[str, Op] = {}
 
 
+def _always(*args: Any) -> bool:
+    return True
+
+
 @dataclass
 class Impl:
     """One implementation of one operator."""
@@ -35,6 +39,7 @@ class Impl:
     backend: str
     device: str  # "cpu", "cuda" or "any"
     when: Callable[..., bool | str]
+    unasked: Callable[..., bool | str]  # whether also where nobody asked for it by name
     overload: Any  # torch.ops.sparse_attn.<op>.<backend>
     missing: str | None  # why it cannot be loaded here at all
 
@@ -106,10 +111,14 @@ class Op:
         self,
         backend: str,
         device: str,
-        when: Callable[..., bool | str] = lambda *args: True,
+        when: Callable[..., bool | str] = _always,
         missing: str | None = None,
+        unasked: Callable[..., bool | str] = _always,
     ) -> None:
         """Adds an implementation; the order of the calls is the order of preference.
+
+        `when` says whether it can serve a call, `unasked` whether it may where no backend is named;
+        each returns True or the reason why not.
 
         `cpp` and `cuda` kernels register themselves from C++; `reference`, `triton` and, where
         the CUDA extension was not built, `cuda` are functions with the operator's name in
@@ -125,7 +134,7 @@ class Op:
             module = f"{__package__}.{in_python[backend]}.{self.name}"
             self._register_python(backend, key, module)
         found = {"cpp": _ext.cpp_missing, "cuda": _ext.cuda_missing, "triton": _ext.triton_missing}
-        self._add(backend, device, when, missing or found.get(backend))
+        self._add(backend, device, when, unasked, missing or found.get(backend))
 
     def _register_python(self, backend: str, device: str, module: str) -> None:
         name = self.name
@@ -142,7 +151,8 @@ class Op:
         device: str,
         fn: Callable[..., Any],
         of: tuple[Op, ...],
-        when: Callable[..., bool | str] = lambda *args: True,
+        when: Callable[..., bool | str] = _always,
+        unasked: Callable[..., bool | str] = _always,
     ) -> None:
         """Adds an implementation that calls the operators `of` with the same backend.
 
@@ -160,13 +170,18 @@ class Op:
             why = f"{part.name} has no {backend} kernel" if row is None else row.missing
             missing = missing or why
         self.is_composite = True
-        self._add(backend, device, when, missing)
+        self._add(backend, device, when, unasked, missing)
 
     def _add(
-        self, backend: str, device: str, when: Callable[..., bool | str], missing: str | None
+        self,
+        backend: str,
+        device: str,
+        when: Callable[..., bool | str],
+        unasked: Callable[..., bool | str],
+        missing: str | None,
     ) -> None:
         overload = self._overload(f"{self.name}.{backend}")
-        self.impls.append(Impl(backend, device, when, overload, missing))
+        self.impls.append(Impl(backend, device, when, unasked, overload, missing))
 
     def no_grad(self, advice: str) -> None:
         """Makes every overload raise in backward instead of losing the gradient in silence."""
@@ -251,8 +266,11 @@ class Op:
         bound.apply_defaults()
         return bound.args
 
-    def reasons(self, args: tuple[Any, ...]) -> dict[str, str | None]:
-        """For each backend None if it can serve the call, otherwise why it cannot."""
+    def reasons(self, args: tuple[Any, ...], asked: bool = True) -> dict[str, str | None]:
+        """For each backend None if it can serve the call, otherwise why it cannot.
+
+        Where it is `asked` for by name; without, why it does not.
+        """
         device = next(a.device.type for a in args if isinstance(a, torch.Tensor))
         found: dict[str, str | None] = {}
         for row in self.impls:
@@ -262,6 +280,8 @@ class Op:
                 found[row.backend] = row.missing
             else:
                 verdict = row.when(*args)
+                if verdict is True and not asked:
+                    verdict = row.unasked(*args)
                 found[row.backend] = None if verdict is True else str(verdict)
         for backend in BACKENDS:
             found.setdefault(backend, "not implemented for this operator")
@@ -270,7 +290,7 @@ class Op:
     def select(self, args: tuple[Any, ...], backend: str | None = None) -> Impl:
         """The implementation that serves a call; raises with every reason if there is none."""
         backend = requested(backend)
-        reasons = self.reasons(args)
+        reasons = self.reasons(args, asked=backend is not None)
         device = args[0].device.type
         for row in self.impls:
             # off its device, under Triton's interpreter, a row serves on request only

@@ -4,15 +4,11 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
-from sparse_attn import _ext, env
+from sparse_attn import _ext
 from tests.cases import CUDA, TRITON, cuda_why_not
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # Triton reads it when a kernel is defined
-if env.interpreted() and _ext.triton_missing is None:
-    from tests.interpreter import mend
-
-    mend()
 
 # pytest-xdist's processes share the processors
 workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))

@@ -35,6 +35,41 @@ def test_density_counts_visible_blocks_only():
     assert full.density(300, 300, causal=False) == pytest.approx(6 / 9)
 
 
+@given(st.data())
+def test_density_is_counted_from_the_lists(data):
+    """Exactly the share that a mask of all blocks has, for any lengths, sink and window."""
+    draw = lambda most, least=1: data.draw(st.integers(least, most))  # noqa: E731
+    n_queries, n_keys = draw(70), draw(70)
+    q_block, kv_block, sink, window = draw(20), draw(20), draw(80, 0), draw(80, 0)
+    shape = (draw(2), draw(2), -(-n_queries // q_block), -(-n_keys // kv_block))
+    mask = torch.rand(shape) < data.draw(st.sampled_from([0.0, 0.3, 1.0]))
+    listed = BlockIndex.from_mask(mask, q_block, kv_block)._replace(sink=sink, window=window)
+    for causal in (True, False):
+        computed = listed.computed(n_queries, n_keys, causal)
+        seen = BlockIndex.full(n_queries, n_keys, q_block, kv_block).counts.sum()
+        visible = shape[0] * shape[1] * seen if causal else torch.tensor(mask.numel())
+        want = computed.sum().item() / max(visible.item(), 1)
+        assert listed.density(n_queries, n_keys, causal) == want
+
+
+def test_density_takes_no_more_memory_than_the_lists():
+    """32k tokens in blocks of 2: a mask of them has as many as pairs of blocks, 2^23 a head."""
+    n = 2**15
+    at = torch.arange(256, dtype=torch.int32).expand(1, 1, n // 64, 256)
+    listed = BlockIndex(at, torch.full(at.shape[:3], 256, dtype=torch.int32), 64, 2, 16, 256)
+    largest = []
+
+    class Sizes(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            out = func(*args, **(kwargs or {}))
+            largest.append(out.numel() if isinstance(out, torch.Tensor) else 0)
+            return out
+
+    with Sizes():
+        listed.density(n, n)
+    assert max(largest) == at.numel()
+
+
 @pytest.mark.parametrize("n_queries, sink, window", [(256, 0, 0), (128, 0, 0), (128, 20, 70)])
 def test_compiled_flex_attention_agrees(n_queries, sink, window):
     query, key, value = inputs(Shape(Tq=n_queries, Tk=256, Hq=2, Hkv=2))

@@ -196,21 +196,24 @@ def test_steps_with_a_choice_of_hip_are_replayed(backend):
     lengths = torch.tensor([2000, 700], dtype=torch.int32, device="cuda")
     config, cache = HiP(budget=128, share_kv_heads=True), {"kv_lengths": lengths}
     called, replayed = HiPState(config, 3), HiPState(config, 3)
-    replayed.attention(query, key, value, backend=backend, **cache)  # compiles, makes room
+    replayed.search(query, key, backend=backend, **cache)  # compiles, makes room
+    replayed.attend(query, key, value, backend=backend, **cache)
     search, attend_graph = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
     with torch.cuda.graph(search):
         replayed.search(query, key, backend=backend, **cache)
     with torch.cuda.graph(attend_graph):
         found = replayed.attend(query, key, value, backend=backend, **cache)
-    for step in range(5):
+    searched = []
+    for _ in range(8):
         query.copy_(torch.randn_like(query))
         want = called.attention(query, key, value, backend=backend, **cache)
-        assert called.age == step % 3
-        if called.age == 0:
+        searched.append(replayed.advance(query, key, **cache))
+        if searched[-1]:
             search.replay()
         attend_graph.replay()
         assert all(torch.equal(x, y) for x, y in zip(found, want, strict=True))
         lengths += 1
+    assert searched == [step % 3 == 0 for step in range(8)]
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

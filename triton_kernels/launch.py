@@ -11,6 +11,9 @@ import torch
 def run(kernel: Any, programs: int, *args: Any, **options: Any) -> None:
     """Launches `programs` of a kernel on the device of its first argument."""
     if not args[0].is_cuda:
+        from .interpreter import mend  # needs numpy
+
+        mend()
         kernel[(programs,)](*args, **options)
         return
     # Triton launches on the current device

@@ -15,10 +15,13 @@ from ..harness import Report, check, time_in_turn
 from ..inputs import gen, locality
 from ..recall import attention_mass, best_recall, recall
 
+# in large blocks wide strides and more budget keep as much as the default strides, in less time
 CONFIGS = [
     HiP(budget=512),
     HiP(budget=2048),
+    HiP(budget=8192, kv_block=16, window=1024),
     HiP(budget=8192, kv_block=16, key_stride=8, q_stride=4, window=1024),
+    HiP(budget=10240, kv_block=16, key_stride=8, q_stride=4, window=1024),
     HiP(budget=16384, kv_block=32, key_stride=16, q_stride=4, window=1024),
     HiP(budget=20480, kv_block=64, key_stride=32, q_stride=4, window=1024),
     InfiniteHiP(keeps=(16384, 8192, 4096), q_strides=(4, 4, 4)),
@@ -54,6 +57,7 @@ def alike(report: Report) -> None:
                     f"{name}, budget {budget}, keys alike over {length}: recall",
                     sum(kept) / 4,
                     best=best,
+                    config=str(config),
                 )
 
 
@@ -77,6 +81,7 @@ def against_dense(report: Report) -> None:
                 report.add(
                     f"{name}, defaults, vs own dense, last {queries} queries of {n} keys",
                     seconds["dense"] / seconds[name],
+                    config=str(methods[name]),
                 )
 
 
@@ -103,6 +108,7 @@ def end_to_end(report: Report, query: torch.Tensor, key: torch.Tensor, value: to
         got = attention(query, key, value, config, fallback=False)[:, :, -64:]
         check(str(config), got, last_rows(index, last, key, value), 1e-2)
         alternatives[config] = lambda c=config: attention(query, key, value, c, fallback=False)
+        alternatives[config, "select"] = lambda c=config: c.select(query, key)
     seconds = time_in_turn(alternatives, 1)
     for config in CONFIGS:
         name, budget, block = describe(config)
@@ -115,6 +121,8 @@ def end_to_end(report: Report, query: torch.Tensor, key: torch.Tensor, value: to
             kv_block=block,
             vs_own_dense=seconds["dense"] / seconds[config],
             ms=seconds[config] * 1e3,
+            select_ms=seconds[config, "select"] * 1e3,
+            config=str(config),
         )
 
 

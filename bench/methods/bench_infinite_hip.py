@@ -33,4 +33,5 @@ def run(report: Report) -> None:
             recall=recall(masses, config.select(query, key)),
             best=best_recall(masses, 2048, 8, config.sink, config.window),
             select_share=seconds["select"] / seconds["x"],
+            config=str(config),
         )

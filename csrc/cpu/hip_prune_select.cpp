@@ -84,23 +84,30 @@ class Pruner {
     }
   }
 
-  // Raises the scores of the placed chunks to the best of the keys met on the way down.
+  // Raises the scores of the placed chunks to the best of the keys met on the way down. With "first"
+  // a left half is judged by its parent's key, whose score is known from the second level on.
   void descend(int64_t size, float* best) {
+    const size_t n = chunks_.size();
+    parents_.resize(n);
+    bool known = false;
     for (int64_t longest = size; longest > 1; longest = (longest + 1) / 2) {
       tokens_.clear();
       for (const Chunk& c : chunks_) {
         const int32_t middle = c.first + (c.last - c.first) / 2;
-        tokens_.push_back(p_.centre ? c.first + (middle - c.first) / 2 : c.first);
+        if (!known) tokens_.push_back(p_.centre ? c.first + (middle - c.first) / 2 : c.first);
         tokens_.push_back(p_.centre ? middle + (c.last - middle) / 2 : middle);
       }
       score();
-      for (size_t i = 0; i < chunks_.size(); ++i) {
+      for (size_t i = 0; i < n; ++i) {
         Chunk& c = chunks_[i];
-        const float left = scores_[2 * i], right = scores_[2 * i + 1];
-        best[i] = std::max(best[i], std::max(left, right));
+        const float left = known ? parents_[i] : scores_[2 * i];
+        const float right = known ? scores_[i] : scores_[2 * i + 1];
+        parents_[i] = std::max(left, right);
+        best[i] = std::max(best[i], parents_[i]);
         const int32_t middle = c.first + (c.last - c.first) / 2;
         if (c.last - c.first > 1) (right > left ? c.first : c.last) = middle;
       }
+      known = !p_.centre;
     }
   }
 
@@ -115,7 +122,7 @@ class Pruner {
   HipKeys keys_{};
   int64_t start_ = 0, end_ = 0;
   std::vector<int32_t> ids_, next_, tokens_, ranks_, places_;
-  std::vector<float> best_, scores_;
+  std::vector<float> best_, scores_, parents_;
   std::vector<Chunk> chunks_;
 };
 

@@ -46,15 +46,22 @@ class Trials:
     def __init__(self, config: Any, field: str, values: Sequence[Any]) -> None:
         self.config, self.field, self.values = config, field, values
         self.layers: dict[int, list[Trial]] = {}
+        self.refused: dict[Any, str] = {}  # values that no backend serves, and why
 
     def __call__(self, query, key, value, layer: int | None, causal: bool, scale: float | None):
         layer = len(self.layers) if layer is None else layer
         tried = self.layers.setdefault(layer, [])
         for option in self.values:
             config = dataclasses.replace(self.config, **{self.field: option})
-            index = config.select(query, key, causal=causal, scale=scale)
+            try:
+                index = config.select(query, key, causal=causal, scale=scale)
+            except NotImplementedError as error:
+                self.refused[option] = str(error)
+                continue
             kept, pairs = mass.kept(query, key, index, scale)
             tried.append(Trial(option, kept.tolist(), pairs.tolist()))
+        if not tried:
+            raise SystemExit(f"--values: none is served: {self.refused[self.values[-1]]}")
         return api.attention(query, key, value, Dense(), causal=causal, scale=scale)
 
 
@@ -138,6 +145,8 @@ def main(args: argparse.Namespace) -> None:
         bar.close()
         if not trials.layers:
             raise SystemExit("--model: no layer uses a method: all have sliding windows")
+        for value, why in trials.refused.items():
+            print(f"left out, since it is not served: {field}={value}: {why}")
         target = {"mass": args.mass or 0.98}
         if args.loss is None:
             found = assemble(trials, target["mass"], args.heads)

@@ -107,11 +107,18 @@ class HiPState:
         state = HiPState(HiP(budget=512, share_kv_heads=True), refresh=8)
         out, lse = state.attention(query, key, value)  # once per step, key with the new token
 
+    In parts, which can be captured as graphs: `search` and `attend` only compute, `advance` only
+    keeps the books and is called once per step, graphs or not.
+
+        if state.advance(query, key):  # on the host
+            state.search(query, key)
+        out, lse = state.attend(query, key, value)
+
     Attributes:
         config: what is searched for, and with which budget.
         refresh: tokens from one search to the next (paper: r_m); 1 searches every time.
         index: the choice in use, None before the first.
-        age: tokens since the search that made it.
+        age: tokens since the search that made it, as `advance` counts them.
     """
 
     def __init__(self, config: HiP | None = None, refresh: int = 8) -> None:
@@ -128,33 +135,50 @@ class HiPState:
         """Forgets the choice: for a new sequence, or one that was cut or reordered."""
         self.index: BlockIndex | None = None
         self.age = 0
-        self._keys = 0
+        self._searched: tuple[int, int, int, bool] | None = None
 
     @property
     def window(self) -> int:
         """Tokens that a step attends to besides the blocks and the sink."""
         return self.config.window + self.refresh - 1
 
-    def is_due(
+    def advance(
         self,
         query: torch.Tensor,
         key: torch.Tensor,
         block_table: torch.Tensor | None = None,
         kv_lengths: torch.Tensor | None = None,
     ) -> bool:
-        """Whether the next step has to search: a host decision from shapes and the age.
+        """Counts one step, and says whether it has to search; once per step, before its `search`.
 
-        With `kv_lengths`, whose values the host does not know, shapes do not tell how many keys
-        there are: the age decides, unless the cache has less room than before.
+        A host decision from shapes and the age, which it moves. A step searches when there is no
+        choice, when the choice would be `refresh` tokens old, and when the shapes are not those of
+        a next step: another batch, other numbers of queries (where either has several blocks of
+        them), keys skipped or gone. With `kv_lengths`, whose values the host does not know, shapes
+        do not tell how many keys there are: then the age decides, unless the cache has less room
+        than before.
         """
-        if self.index is None:
-            return True
-        steps = query.shape[2]
-        rows = (query.shape[0], -(-steps // self.config.q_block))
-        fits = rows == (self.index.counts.shape[0], self.index.counts.shape[2])
-        room = n_tokens(key, block_table) - self._keys
-        grown = room == self.age + steps if kv_lengths is None else room >= 0
-        return not (fits and grown and self.age + steps < self.refresh)
+        batch, steps = query.shape[0], query.shape[2]
+        now = (batch, steps, n_tokens(key, block_table), kv_lengths is not None)
+        due = self.index is None or not self._follows(now)
+        if due:
+            self.age, self._searched = 0, now
+        else:
+            self.age += steps
+        return due
+
+    def _follows(self, now: tuple[int, int, int, bool]) -> bool:
+        """Whether a step may use the choice that was searched for."""
+        if self._searched is None:
+            return False
+        batch, steps, keys, has_lengths = now
+        was_batch, was_steps, was_keys, had_lengths = self._searched
+        # a block's search ends at the window of its last query, so blocks may not change places
+        # among the last tokens; the last block, if it is the only one, ends where the keys do
+        same = steps == was_steps or max(steps, was_steps) <= self.config.q_block
+        grown = keys >= was_keys if has_lengths else keys - was_keys == self.age + steps
+        alike = batch == was_batch and has_lengths == had_lengths
+        return alike and same and grown and self.age + steps < self.refresh
 
     def search(
         self,
@@ -167,16 +191,17 @@ class HiPState:
         kv_lengths: torch.Tensor | None = None,
     ) -> None:
         """Makes a new choice, in the memory of the old one where it has the same shape."""
-        old, new = self.index, self.config.select(
+        old, self.index = self.index, None  # none, if this fails
+        new = self.config.select(
             query.detach(), key.detach(), scale=scale, backend=backend, block_table=block_table,
             kv_lengths=kv_lengths,
         )  # fmt: skip
         if old is not None and old.indices.shape == new.indices.shape:
             old.indices.copy_(new.indices)
             old.counts.copy_(new.counts)
+            self.index = old
         else:
             self.index = new._replace(window=self.window)
-        self.age, self._keys = 0, n_tokens(key, block_table)
 
     def attend(
         self,
@@ -210,16 +235,13 @@ class HiPState:
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """One step: (out, lse) of the last queries [B, Hq, Tq, D] on key and value [B, Hkv, Tk, D].
 
-        Causal. Searches when the choice is `refresh` tokens old, when there is none, and when the
-        shapes are not those of a next step. A cache of fixed size needs `kv_lengths` [B], how many
-        keys each sequence has, the new ones counted; with `block_table` it is one of pages, as in
-        `sparse_attn.attention`. Then the caller resets where a step does not follow the last one.
+        Causal; searches where `advance` says so. A cache of fixed size needs `kv_lengths` [B], how
+        many keys each sequence has, the new ones counted; with `block_table` it is one of pages, as
+        in `sparse_attn.attention`. Then the caller resets where a step does not follow the last.
         """
         cache = {"block_table": block_table, "kv_lengths": kv_lengths}
-        if self.is_due(query, key, **cache):
+        if self.advance(query, key, **cache):
             self.search(query, key, scale=scale, backend=backend, **cache)
-        else:
-            self.age += query.shape[2]
         return self.attend(query, key, value, scale=scale, backend=backend, **cache)
 
 

@@ -16,27 +16,44 @@ def n_tokens(key: torch.Tensor, block_table: torch.Tensor | None) -> int:
     return key.shape[2] if block_table is None else block_table.shape[1] * key.shape[2]
 
 
-def keeps(name: str, budget: int, block: int, tokens: int) -> bool | str:
-    kept = min(-(-budget // block), -(-tokens // block))
-    if kept > MOST_KEPT:
-        return f"{name}: {kept} blocks of {block} tokens are kept, served up to {MOST_KEPT}"
-    return True
+def keeps(
+    name: str, budget: int, block_name: str, block: int, largest: int, tokens: int
+) -> bool | str:
+    wanted = min(budget, tokens)
+    kept, enough = -(-wanted // block), -(-wanted // MOST_KEPT)
+    if kept <= MOST_KEPT:
+        return True
+    or_larger = f", {block_name} {enough} or more" if enough <= largest else ""
+    return (
+        f"{name}: {kept} blocks of {block} tokens are kept, served up to {MOST_KEPT}; would serve: "
+        f"{name} {MOST_KEPT * block} or less{or_larger}"
+    )
 
 
 def tree_fits(key: Any, budget: int, kv_block: int, block_table: Any) -> bool | str:
     """Whether the nodes of hip_select have room; none are needed where every block is kept."""
     tokens = n_tokens(key, block_table)
-    return budget >= tokens or keeps("budget", budget, kv_block, tokens)
+    return budget >= tokens or keeps("budget", budget, "kv_block", kv_block, 128, tokens)
 
 
 def stages_fit(key: Any, chunks: Any, kept: Any, block_table: Any) -> bool | str:
     """Whether the candidates of hip_prune_select have room."""
     tokens = n_tokens(key, block_table)
     for i, (chunk, budget) in enumerate(zip(chunks, kept, strict=True)):
-        fits = keeps(f"keeps[{i}]", budget, chunk, tokens)
+        largest = 128 if i == len(chunks) - 1 else 4096
+        fits = keeps(f"keeps[{i}]", budget, f"chunks[{i}]", chunk, largest, tokens)
         if fits is not True:
             return fits
     return True
+
+
+def reference_unasked(query: Any, fits: bool | str) -> bool | str:
+    """On a GPU not where a call is too large for its kernels: that would be slow in silence."""
+    small = query.shape[3] <= 256 and fits is True
+    return query.device.type != "cuda" or small or (
+        'serves CUDA tensors of this size with backend="reference" only: it loops over the blocks '
+        "in Python and reads the device"
+    )  # fmt: skip
 
 
 def triton(query: Any, fits: bool | str) -> bool | str:

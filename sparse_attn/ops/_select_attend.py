@@ -31,6 +31,10 @@ def compose(
     parts = (select, attend)
     for backend, device in (("triton", "cuda"), ("cuda", "cuda"), ("cpp", "cpu")):
         op.composite(backend, device, run, of=parts, when=parts_serve(backend))
-    op.composite("reference", "any", run, of=parts)
+
+    def unasked(query: Any, key: Any, value: Any, *options: Any) -> bool | str:
+        return select.reasons((query, key, *options), asked=False)["reference"] or True
+
+    op.composite("reference", "any", run, of=parts, unasked=unasked)
     op.autocast(3)
     op.no_grad("Call sparse_attn.attention, which has one, or detach the inputs.")

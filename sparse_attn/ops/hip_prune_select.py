@@ -74,9 +74,15 @@ def _cuda_serves(query, key, chunks, keeps, q_strides, q_block, sink, window, re
     return kernels.cuda(query, key, fits, block_table)
 
 
+def _reference_unasked(query, key, chunks, keeps, q_strides, q_block, sink, window, representative,
+                       merge_heads, causal, scale, block_table=None, kv_lengths=None):  # fmt: skip
+    fits = kernels.stages_fit(key, chunks, keeps, block_table)
+    return kernels.reference_unasked(query, fits)
+
+
 op.impl("triton", device="cuda", when=_triton_serves)
 op.impl("cuda", device="cuda", when=_cuda_serves)
 op.impl("cpp", device="cpu", when=check.not_float64)
-op.impl("reference", device="any")
+op.impl("reference", device="any", unasked=_reference_unasked)
 op.autocast(2)
 op.no_grad("A selection has no gradient: call it on detached tensors.")

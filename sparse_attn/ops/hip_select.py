@@ -65,9 +65,16 @@ def _cuda_serves(query, key, budget, q_block, kv_block, q_stride, key_stride, si
     return kernels.cuda(query, key, fits, block_table)
 
 
+def _reference_unasked(query, key, budget, q_block, kv_block, q_stride, key_stride, sink, window,
+                       representative, branch, share_kv_heads, causal, scale, block_table=None,
+                       kv_lengths=None):  # fmt: skip
+    fits = kernels.tree_fits(key, budget, kv_block, block_table)
+    return kernels.reference_unasked(query, fits)
+
+
 op.impl("triton", device="cuda", when=_triton_serves)
 op.impl("cuda", device="cuda", when=_cuda_serves)
 op.impl("cpp", device="cpu", when=check.not_float64)
-op.impl("reference", device="any")
+op.impl("reference", device="any", unasked=_reference_unasked)
 op.autocast(2)
 op.no_grad("A selection has no gradient: call it on detached tensors.")

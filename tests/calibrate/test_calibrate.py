@@ -100,6 +100,30 @@ class PerHead:
     name: ClassVar[str] = "per_head"
 
 
+@dataclass(frozen=True)
+class Bounded(FlexPrefill):
+    """A method whose kernels have no room for a large `gamma`."""
+
+    def select(self, *args, **options):
+        if self.gamma > 0.6:
+            raise NotImplementedError("gamma: served up to 0.6")
+        return super().select(*args, **options)
+
+
+def test_values_that_are_refused_are_left_out(folder, monkeypatch, capsys):
+    from sparse_attn.methods import METHODS
+
+    monkeypatch.setitem(METHODS, "flex_prefill", Bounded)
+    found = settings.read(calibrate(folder, *VALUES, "--mass", 0.1))
+    assert {config.gamma for config in found.layers.values()} <= {0.3, 0.6}
+    said = capsys.readouterr().out
+    for value in (0.9, 0.99):
+        why = f"left out, since it is not served: gamma={value}: gamma: served up to 0.6"
+        assert said.count(why) == 1
+    with pytest.raises(SystemExit, match="^--values: none is served: gamma: served up to 0.6"):
+        calibrate(folder, "--values", 0.8, 0.9)
+
+
 def test_the_cheapest_by_layer_and_by_head():
     tried = trials()
     assert search.assemble(tried, 0.6).layers == {0: PerHead(1)}

@@ -5,8 +5,6 @@ import sparse_attn
 from bench.inputs import gen, locality
 from sparse_attn import HiP, InfiniteHiP
 from sparse_attn.crossover import dense_is_faster
-from sparse_attn.methods.hip import HiPState
-from sparse_attn.ops.block_sparse_attention import op as attend
 from sparse_attn.reference.block_sparse_attention import block_mask, token_mask
 from tests import hip
 from tests.cases import Shape
@@ -43,6 +41,17 @@ def test_a_prompt_shorter_than_sink_and_window_is_dense(backend):
     got = run(query, key, value, HiP(budget=2), backend=backend)
     want = run(query, key, value, "dense", backend=backend)
     torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("block, sink, budget", [(8, 7, 8), (8, 16, 24), (3, 4, 10), (1, 5, 9)])
+def test_up_to_which_length_a_prompt_is_dense(block, sink, budget):
+    config = HiP(budget, 1, block, sink=sink, window=11)
+    longest = 11 + block * (sink // block - -budget // block)
+    for n in (longest - 1, longest, longest + 1):
+        query, key, value = tensors(Tq=1, Tk=n)
+        out, lse = run(query, key, value, config, return_lse=True)
+        want, whole = run(query, key, value, "dense", return_lse=True)
+        assert torch.allclose(lse, whole, atol=1e-5) == (n <= longest)
 
 
 def test_odd_budgets_keep_what_they_say():
@@ -121,151 +130,6 @@ def test_a_larger_budget_keeps_more():
     near, far = mass_per_key(last, key, sink=16)
     found = [kept(near, far, HiP(budget=b).select(last, key)) for b in (64, 256, 1024, 2048)]
     assert all(a < b for a, b in zip(found, found[1:], strict=False)), found
-
-
-# ---- decoding ----------------------------------------------------------------------------------
-
-
-def weight_of(out):
-    """Values are 0 but for one key: the output is the attention to it."""
-    return out[..., 0].min().item()
-
-
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("refresh", [1, 8])
-def test_a_hot_key_stays_visible_while_a_choice_ages(backend, refresh):
-    """It leaves the window between two searches; a choice made before has not searched it."""
-    config = HiP(budget=16, window=32, sink=4, share_kv_heads=True)
-    state = HiPState(config, refresh)
-    hot, n = 300 - 32 + 3, 300  # the fourth oldest of the window at the first step
-    key, value = torch.zeros(1, 2, n + 12, 32), torch.zeros(1, 2, n + 12, 32)
-    nearby = (1 - (torch.arange(n + 12) - hot).abs() / 20).clamp(min=0)  # a search can find it
-    key[..., 0], value[:, :, hot, 0] = 20 * nearby, 1
-    query = torch.zeros(1, 4, 1, 32)
-    query[..., 0] = 10
-    ages = []
-    for step in range(12):
-        seen = slice(0, n + step)
-        args = query, key[:, :, seen], value[:, :, seen]
-        out, _ = state.attention(*args, backend=backend)
-        ages.append(state.age)
-        assert weight_of(out) > 0.6, f"step {step}"
-        if state.age >= 4:  # without the wider window it would be gone
-            without, _ = attend(*args, *state.index.blocks, True, 4, 32, backend=backend)
-            assert weight_of(without) < 0.01
-    assert ages == [step % refresh for step in range(12)]
-
-
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_between_two_searches_each_key_is_in_the_reach_of_one_of_them_or_the_window(backend):
-    """With room for all, decoding with a state is dense attention, whatever its age."""
-    query, key, value = tensors(Hq=4, Hkv=2, Tq=40, Tk=240)
-    for refresh in (1, 3, 8):
-        state = HiPState(HiP(budget=500, window=16, sink=4, share_kv_heads=True), refresh)
-        for i in range(40):
-            keys = slice(0, 201 + i)
-            one = query[:, :, i : i + 1], key[:, :, keys], value[:, :, keys]
-            out, lse = state.attention(*one, backend=backend)
-            want = run(*one, "dense", backend=backend, return_lse=True)
-            torch.testing.assert_close(out, want[0], rtol=1e-5, atol=1e-5)
-            torch.testing.assert_close(lse, want[1], rtol=1e-5, atol=1e-5)
-
-
-def test_a_state_searches_again_when_it_must():
-    query, key, value = tensors(B=2, Hq=2, Hkv=2, Tq=8, Tk=400)
-    state = HiPState(HiP(budget=64, window=32, q_block=1), refresh=6)
-
-    def step(n_queries, n_keys, batch=2):
-        args = query[:batch, :, :n_queries], key[:batch, :, :n_keys], value[:batch, :, :n_keys]
-        state.attention(*args)
-        return state.age
-
-    assert [step(1, 300), step(1, 301), step(1, 302)] == [0, 1, 2]
-    assert step(1, 350) == 0, "keys were skipped"
-    assert step(1, 351) == 1
-    assert step(1, 100) == 0, "another sequence"
-    assert step(1, 100) == 0, "another sequence as long as the last"
-    assert step(1, 101, batch=1) == 0, "another batch"
-    assert step(4, 105, batch=1) == 0, "several tokens at a time"
-    assert step(4, 109, batch=1) == 4
-    assert step(4, 113, batch=1) == 0, "8 tokens are more than 5"
-    state.reset()
-    assert state.index is None and step(1, 300) == 0
-
-
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("page_size", [None, 16])
-@pytest.mark.parametrize("refresh", [1, 4])
-def test_a_cache_of_fixed_size_is_as_one_that_grows(backend, page_size, refresh):
-    """Sequences of lengths of their own, NaN and no pages where they end."""
-    query, key, value = tensors(B=2, Hq=4, Hkv=2, Tq=9, Tk=320)
-    config = HiP(budget=32, window=24, sink=4, share_kv_heads=True)
-    together, alone = HiPState(config, refresh), [HiPState(config, refresh) for _ in range(2)]
-    for i in range(9):
-        lengths, step = [290 + i, 200 + i], query[:, :, i : i + 1]
-        keys, table, n = hip.paged(key, page_size, lengths)
-        values = hip.paged(value, page_size, lengths)[0]
-        cache = {"block_table": table, "kv_lengths": n}
-        got = together.attention(step, keys, values, backend=backend, **cache)
-        assert together.age == i % refresh
-        for b, state in enumerate(alone):
-            own = (x[b : b + 1, :, : lengths[b]] for x in (key, value))
-            want = state.attention(step[b : b + 1], *own, backend=backend)
-            assert state.age == together.age
-            assert torch.equal(together.index.indices[b], state.index.indices[0])
-            for x, y in zip(got, want, strict=True):
-                torch.testing.assert_close(x[b : b + 1], y, rtol=1e-5, atol=1e-5)
-
-
-def test_with_lengths_the_age_decides_when_to_search():
-    query, key, value = tensors(Tq=1, Tk=400)
-    state = HiPState(HiP(budget=64, window=32), refresh=3)
-
-    def step(room, length):
-        lengths = None if length is None else torch.tensor([length], dtype=torch.int32)
-        state.attention(query, key[:, :, :room], value[:, :, :room], kv_lengths=lengths)
-        return state.age
-
-    assert [step(300, n) for n in (200, 201, 202, 203)] == [0, 1, 2, 0]
-    assert step(400, 204) == 1, "a larger cache"
-    assert step(300, 205) == 2 and step(300, 206) == 0
-    assert step(200, 100) == 0, "less room: blocks may be gone"
-    assert step(200, None) == 0, "without lengths as many keys are no next step"
-
-
-def test_a_state_keeps_its_memory():
-    """A CUDA graph of a step reads the addresses that it was captured with."""
-    query, key, value = tensors(Hq=4, Hkv=2, Tq=1, Tk=400)
-    state = HiPState(HiP(budget=64, window=32, share_kv_heads=True), refresh=2)
-    places = set()
-    for n in range(380, 392):
-        before = None if state.index is None else state.index.indices.clone()
-        state.attention(query, key[:, :, :n], value[:, :, :n])
-        places.add(state.index.indices.data_ptr())
-        moved = before is not None and not torch.equal(before, state.index.indices)
-        assert not (moved and state.age > 0)
-    assert len(places) == 1
-
-
-def test_nothing_is_read_on_the_host():
-    """Every part of a step traces through fake tensors, which have no values to read."""
-    from torch._subclasses.fake_tensor import FakeTensorMode
-
-    with FakeTensorMode():
-        query, key = torch.empty(2, 4, 1, 64), torch.empty(2, 2, 5000, 64)
-        state = HiPState(refresh=4)
-        for n in range(4990, 5000):
-            out, lse = state.attention(query, key[:, :, :n], key[:, :, :n])
-            assert out.shape == query.shape and lse.shape == (2, 4, 1)
-        assert state.age == 1
-
-
-@pytest.mark.parametrize("value", [0, -1])
-def test_a_state_checks_its_interval(value):
-    with pytest.raises(ValueError, match=f"refresh: got {value}, expected 1 or more"):
-        HiPState(refresh=value)
-    with pytest.raises(RuntimeError, match="nothing has been chosen yet"):
-        HiPState().attend(*tensors(Tq=1, Tk=9))
 
 
 # ---- caches ------------------------------------------------------------------------------------
@@ -379,9 +243,3 @@ def test_config_is_frozen():
     with pytest.raises(AttributeError):
         HiP().budget = 1
     assert HiP.name == "hip" and sparse_attn.HiP is HiP
-
-
-@pytest.mark.parametrize("config", ["hip", InfiniteHiP()])
-def test_state_takes_a_hip(config):
-    with pytest.raises(TypeError, match="config: got .*, expected a HiP"):
-        HiPState(config)

@@ -25,9 +25,10 @@ def test_room_for_all_is_dense_attention(backend, n_queries, n_keys, merge):
 
 
 # of the attention mass, how much less than the best choice of as many blocks is found with heads
-# apart and merged. 4 is less than the step at which the first stage's 64 tokens are judged: much is
-# missed, also of what the published search kept on inputs of this kind, 0.94 and 0.85
-MISSED = {4: (0.18, 0.21), 16: (0.01, 0.04), 64: (0.01, 0.04)}
+# apart and merged, 0.002 to 0.003 more than measured. 4 is less than the step at which the first
+# stage's 64 tokens are judged: much is missed, also of what the published search kept on inputs of
+# this kind, 0.94 and 0.85. The queries of a block look for the same: strides do not show here
+MISSED = {4: (0.170, 0.199), 16: (0.004, 0.037), 64: (0.002, 0.035)}
 
 
 @pytest.mark.parametrize("length", MISSED)

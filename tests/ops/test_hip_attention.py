@@ -1,8 +1,10 @@
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from sparse_attn.ops.block_sparse_attention import op as attend
 from sparse_attn.ops.hip_attention import op
+from sparse_attn.ops.hip_prune_select import op as prune
 from sparse_attn.ops.hip_select import op as select
 from tests import hip
 from tests.cases import Shape, call, opcheck
@@ -68,3 +70,45 @@ def test_no_silent_loss_of_gradient():
     out, _ = op(query.requires_grad_(), key, value, 20)
     with pytest.raises(NotImplementedError, match="has no backward. Call sparse_attn.attention"):
         out.sum().backward()
+
+
+LARGE = 'serves CUDA tensors of this size with backend="reference" only'
+
+
+@pytest.mark.parametrize(
+    "called, options, head, remedy",
+    [
+        (select, (4096,), 64, "budget 2048 or less, kv_block 4 or more"),
+        (select, (4999, 64, 1), 64, "budget 1024 or less, kv_block 5 or more"),
+        (select, (128,), 512, "head_dim 512, served up to 256"),
+        (op, (4096,), 64, "budget 2048 or less, kv_block 4 or more"),
+        (prune, ((2,), (4096,), (1,)), 64, r"keeps\[0\] 2048 or less, chunks\[0\] 4 or more"),
+    ],
+)
+def test_on_a_gpu_the_reference_serves_nothing_large_unasked(
+    monkeypatch, called, options, head, remedy
+):
+    """It loops in Python: a user has to know. Asked for by name, and on CPU tensors, it serves."""
+    with FakeTensorMode():
+        query = torch.empty(1, 2, 64, head, device="cuda")
+        key = torch.empty(1, 2, 5000, head, device="cuda")
+        args = called.bind(query, key, *([key] if called is op else []), *options)
+        with pytest.raises(NotImplementedError, match=remedy) as error:
+            called.select(args)
+        assert LARGE in str(error.value)
+        assert called.select(args, "reference").backend == "reference"
+        monkeypatch.setenv("SPARSE_ATTN_BACKEND", "reference")
+        assert called.select(args).backend == "reference"
+        monkeypatch.delenv("SPARSE_ATTN_BACKEND")
+        assert called.reasons(args)["reference"] is None
+        near = tuple(x.cpu() if isinstance(x, torch.Tensor) else x for x in args)
+        assert called.reasons(near, asked=False)["reference"] is None
+
+
+def test_on_a_gpu_small_calls_are_served():
+    """Sizes at the border, and a budget for all keys, which needs no room in a kernel."""
+    with FakeTensorMode():
+        query = torch.empty(1, 2, 64, 64, device="cuda")
+        key = torch.empty(1, 2, 5000, 64, device="cuda")
+        for args in ((2048,), (4096, 64, 4), (5000,), (10**9,)):
+            assert select.reasons(select.bind(query, key, *args), asked=False)["reference"] is None

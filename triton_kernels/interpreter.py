@@ -1,6 +1,12 @@
-"""Mends Triton's interpreter, which multiplies the bits of bfloat16 and truncates its results."""
+"""Mends the interpreter of Triton 3.6, for this process.
+
+It multiplies the bits of bfloat16 and truncates its results, does not know numpy 2.4 and patches
+functions of its own language only once they have failed.
+"""
 
 from __future__ import annotations
+
+from functools import cache
 
 import numpy as np
 
@@ -16,7 +22,8 @@ def to_bfloat16(x):
     return np.where(np.isnan(x), 0x7FC0, rounded).astype(np.uint16)
 
 
-def mend():
+@cache
+def mend() -> None:
     import triton.language as tl
     from triton.runtime import interpreter
     from triton.runtime.interpreter import InterpretedFunction, InterpreterBuilder, TensorHandle
