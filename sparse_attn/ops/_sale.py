@@ -9,7 +9,7 @@ import torch
 from ..reference.block_sparse_attention import block_mask
 from . import _checks as check
 
-GROUPS = ("query", "key", "token")
+GROUPS = ("query", "key")
 Q_BLOCKS, KV_BLOCKS = (16, 32, 64, 128), (16, 32, 64)
 PIECE = 1 << 26  # bytes of products at a time: a GPU wants few launches
 PIECE_CPU = 1 << 21  # and a CPU what its cache holds
@@ -17,7 +17,7 @@ GRID = "int q_block=64, int kv_block=32, SymInt local=128, SymInt sink=32"
 
 
 def n_groups(length, group, block):
-    """How many steps `length` tokens have."""
+    """How many steps `length` tokens have; "token", one each, is for the reference alone."""
     if group == "query":
         return 8 * ((length + 15) // 16)
     if group == "key":
