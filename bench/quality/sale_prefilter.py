@@ -124,8 +124,9 @@ def main() -> None:
                     found[0].item(),
                     dropped=found[1].item(),
                 )
-    for n, dim in ((8192, 64), (8192, 128)):
-        cost(report, n, dim, 0.004)
+    for dim in (64, 128):
+        for threshold in (0.004, 0.05):
+            cost(report, LENGTH, dim, threshold)
     report.write()
 
 

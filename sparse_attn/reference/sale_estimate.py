@@ -27,6 +27,7 @@ def sale_estimate(
     local: int = 128,
     sink: int = 32,
     per_token: bool = False,
+    official: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The blocks in which a pair's estimated score exceeds its row's theta, and the reference.
 
@@ -47,13 +48,15 @@ def sale_estimate(
     once per group. A theta below TINY in size counts as 0. A query block with a row whose theta is
     -inf or NaN (`not theta > -inf`) keeps every middle block. Rows past the last query keep none.
 
+    `official`, an option of the reference alone too: the published code's local blocks, of `grid`.
+
     Returns indices int32 [B, Hq, Mq, Nk], the ascending ids of sink, kept and local blocks, and
     counts int32 [B, Hq, Mq]. Places past the counts hold 0.
     """
     batch, heads, n_queries = query_packed.shape[:3]
     n_keys, device = key_packed.shape[2], query_packed.device
     blocks = -(-n_keys // kv_block)
-    g = grid(n_queries, n_keys, q_block, kv_block, local, sink, device)
+    g = grid(n_queries, n_keys, q_block, kv_block, local, sink, device, official)
     block = torch.arange(blocks, device=device)
     mask = (block < g.seen[:, None]) & ((block < g.sink[:, None]) | (block >= g.local[:, None]))
     mask = mask.repeat(batch, heads, 1, 1)

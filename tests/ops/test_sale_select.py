@@ -11,7 +11,9 @@ from sparse_attn.ops import _sale as sale
 from sparse_attn.ops.sale_estimate import op as estimate
 from sparse_attn.ops.sale_quantize import op as quantize
 from sparse_attn.ops.sale_select import op
+from sparse_attn.ops.sale_threshold import _run as threshold_of
 from sparse_attn.ops.sale_threshold import op as threshold_op
+from sparse_attn.reference.sale_estimate import sale_estimate
 from sparse_attn.reference.sale_quantize import sale_quantize, unpack
 from tests.cases import CUDA, Shape, call, inputs, opcheck
 from tests.cases import RUNS as ALL
@@ -219,6 +221,36 @@ def test_a_chunk_with_frozen_means_chooses_alike(run):
         assert above.any() and below.any()
         assert masks[i][0][above].all() and masks[j][0][above].all()
         assert not masks[i][0][below].any() and not masks[j][0][below].any()
+
+
+@pytest.mark.parametrize("kind", ["mixed", "sharp"])
+def test_the_published_reference_region(kind):
+    """Its 4 to 7 local blocks and its middle of whole fours; it hardly moves what is chosen."""
+    query, key, _ = structured(kind, 1500, torch.float32)
+    place = (1500, 1500, 64, 32, 128, 32)
+    ours, theirs = (sale.grid(*place, "cpu", official=o) for o in (False, True))
+    n, L = theirs.seen, theirs.seen - theirs.local
+    whole = n > 7
+    assert set(L[whole].tolist()) == {5, 6, 7} and ((n - 1 - L)[whole] % 4 == 0).all()
+    k_mean, threshold = key.mean(2), torch.full((4,), 0.004)
+    q_codes, q_step, q_mean = sale_quantize(query, None, "query")
+    k_codes, k_step, _ = sale_quantize(key, k_mean, "key")
+    bias = sale.dots(key, k_mean, q_mean.unflatten(1, (2, 2)))
+    masks = []
+    for official in (False, True):
+        bar = (query, key, k_mean, threshold, *place[2:], True, None, official)
+        theta = threshold_of("reference", *bar)
+        codes = (q_codes, q_step, k_codes, k_step, bias, theta, *place[2:])
+        lists = sale_estimate(*codes, official=official)
+        masks.append(BlockIndex(*lists, 64, 32).to_mask(1500)[0])
+    assert torch.equal(masks[0], mask_of(("reference", None), query, key, 0.004)[0])
+    block = torch.arange(masks[0].shape[2])
+    own = (block >= theirs.local[:, None]) & (block < n[:, None])
+    assert masks[1][:, own].all() and masks[1][..., 0].all()
+    middle = (block > 0) & (block < torch.minimum(ours.local, theirs.local)[:, None])
+    kept = [mask[:, middle].float().mean() for mask in masks]
+    differ = (masks[0] != masks[1])[:, middle].float().mean()
+    assert 0.2 < kept[1] <= kept[0] < 0.8 and 0 < differ < 0.05
 
 
 @pytest.mark.parametrize("run", RUNS, ids=str)
