@@ -94,7 +94,8 @@ def calibrate_sale(
         max_error: the most that a head's output may differ from dense, mean over tokens of the sum
             over channels of the absolute difference; default 0.4 if min_recall is not given either.
         min_recall: the least share of a head's attention mass to keep, mean over tokens.
-        config: the other fields of `Sale`; its threshold and min_length have no effect.
+        config: the other fields of `Sale`, which the file keeps; its threshold has no effect, and
+            min_length none on the search.
         scale, backend: as in `attention`.
         progress: show a bar on stderr; needs tqdm.
 

@@ -112,5 +112,6 @@ def write(path: str | Path, settings: Settings, measured: Any = None) -> None:
 
 def changed(config: Any) -> dict[str, Any]:
     """The fields that differ from their defaults."""
-    fields = {f.name: (getattr(config, f.name), f.default) for f in dataclasses.fields(config)}
-    return {name: value for name, (value, default) in fields.items() if value != default}
+    default = type(config)()
+    names = [field.name for field in dataclasses.fields(config)]
+    return {n: getattr(config, n) for n in names if getattr(config, n) != getattr(default, n)}

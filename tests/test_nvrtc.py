@@ -83,7 +83,7 @@ def quantize_arguments(draw):
     return (
         x,
         mean,
-        draw(st.sampled_from(("query", "key", "token"))),
+        draw(st.sampled_from(("query", "key"))),
         draw(st.sampled_from((16, 64))),
     )
 

@@ -111,16 +111,13 @@ def sale_code_kernel(
         b_step, b_inverse = _step(tl.maximum(b_most, least))
         b_inverse = tl.broadcast_to(b_inverse[:, None, :], [BLOCK_T // 16, 2, 8])
         EACH: tl.constexpr = BLOCK_T // 2
-    elif GROUP == "key":  # keys j of a block with the same (j % 8) // 2
+    else:  # keys j of a block with the same (j % 8) // 2
         b_most = tl.max(tl.reshape(b_most, [BLOCK_T // KV_BLOCK, KV_BLOCK // 8, 4, 2]), 3)
         b_step, b_inverse = _step(tl.maximum(tl.max(b_most, 1), least))
         b_inverse = tl.broadcast_to(
             b_inverse[:, None, :, None], [BLOCK_T // KV_BLOCK, KV_BLOCK // 8, 4, 2]
         )
         EACH: tl.constexpr = BLOCK_T // KV_BLOCK * 4
-    else:
-        b_step, b_inverse = _step(tl.maximum(b_most, least))
-        EACH: tl.constexpr = BLOCK_T
     o_g = i_tile * EACH + tl.arange(0, EACH)
     tl.store(step + i_head * groups + o_g, tl.reshape(b_step, [EACH]), mask=o_g < groups)
     b_inverse = tl.reshape(b_inverse, [BLOCK_T])

@@ -109,7 +109,7 @@ struct FlexPrefillParams {
 };
 
 // Where the step of a token is: sparse_attn/ops/_sale.py.
-enum class SaleGroup : int { query, key, token };
+enum class SaleGroup : int { query, key };
 
 struct SaleQuantizeParams {
   const void* x;       // [B, H, T, D]

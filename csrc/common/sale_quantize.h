@@ -8,9 +8,8 @@
 namespace sparse_attn {
 
 inline SaleGroup sale_group(const std::string& name) {
-  SA_CHECK(name == "query" || name == "key" || name == "token", "group: got ", name,
-           ", expected query, key or token");
-  return name == "query" ? SaleGroup::query : name == "key" ? SaleGroup::key : SaleGroup::token;
+  SA_CHECK(name == "query" || name == "key", "group: got ", name, ", expected query or key");
+  return name == "query" ? SaleGroup::query : SaleGroup::key;
 }
 
 // A call through torch.ops has not been checked by anybody.
@@ -36,9 +35,7 @@ inline SaleQuantizeParams sale_quantize_params(const Tensor& x, bool mean_given,
   for (int i = 0; i < 3; ++i) p.x_stride[i] = x.stride(i);
   p.B = x.size(0), p.H = x.size(1), p.T = x.size(2), p.D = x.size(3);
   p.block = block, p.group = group, p.mean_given = mean_given;
-  p.groups = group == SaleGroup::query ? 8 * ((p.T + 15) / 16)
-             : group == SaleGroup::key ? 4 * ((p.T + block - 1) / block)
-                                       : p.T;
+  p.groups = group == SaleGroup::query ? 8 * ((p.T + 15) / 16) : 4 * ((p.T + block - 1) / block);
   p.dtype = dtype_of(x, "x");
   return p;
 }

@@ -71,19 +71,18 @@ int64_t scratch_floats(const SaleQuantizeParams& p) { return kMaxBlock * p.D; }
 
 // The place of a token's step among those of its tile or block.
 inline int64_t place_in(SaleGroup group, int64_t token) {
-  if (group == SaleGroup::query) return token % 8;
-  return group == SaleGroup::key ? token % 8 / 2 : token;
+  return group == SaleGroup::query ? token % 8 : token % 8 / 2;
 }
 
 void quantize(const SaleQuantizeParams& p, int64_t batch, int64_t head, int64_t begin, int64_t end,
               const float* center, float floor, float* c) {
   const int64_t tile = p.group == SaleGroup::key ? p.block : 16, row = batch * p.H + head;
-  const int64_t n_steps = p.group == SaleGroup::query ? 8 : p.group == SaleGroup::key ? 4 : 16;
+  const int64_t n_steps = p.group == SaleGroup::query ? 8 : 4;
   for (int64_t t = begin; t < end; t += tile) {
     const int64_t tokens = end - t < tile ? end - t : tile;
-    uint32_t largest[16];
-    float inverse[16];
-    for (int i = 0; i < 16; ++i) largest[i] = float_to_bits(floor);
+    uint32_t largest[8];
+    float inverse[8];
+    for (int i = 0; i < 8; ++i) largest[i] = float_to_bits(floor);
     for (int64_t r = 0; r < tokens; ++r) {
       float* x = c + r * p.D;
       to_float(p.dtype, token_row(p, batch, head, t + r), x, p.D);
@@ -99,9 +98,7 @@ void quantize(const SaleQuantizeParams& p, int64_t batch, int64_t head, int64_t 
       if (static_cast<uint32_t>(top) > of_group) of_group = top;
     }
     float* steps = p.step + row * p.groups + t / tile * n_steps;
-    // a token has a step of its own, a tile or block has all of its steps
-    const int64_t there = p.group == SaleGroup::token ? tokens : n_steps;
-    for (int64_t i = 0; i < there; ++i) {
+    for (int64_t i = 0; i < n_steps; ++i) {
       const float m = bits_to_float(largest[i]);
       const bool none = largest[i] >= kInfinity || m < 0x1p-58f;
       steps[i] = largest[i] >= kInfinity ? NAN : none ? 0 : m / 7;

@@ -68,8 +68,7 @@ __global__ void __launch_bounds__(kSumThreads)
 // The place of a token's group among those of the tile's tokens.
 __device__ __forceinline__ int group_of(SaleGroup group, int block, int token) {
   if (group == SaleGroup::query) return token / 16 * 8 + token % 8;
-  if (group == SaleGroup::key) return token / block * 4 + token % 8 / 2;
-  return token;
+  return token / block * 4 + token % 8 / 2;
 }
 
 // Codes and steps of kCodeTokens tokens. A token's lanes have eight of its channels each: four in

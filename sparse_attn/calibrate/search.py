@@ -172,10 +172,10 @@ def options(args: argparse.Namespace) -> tuple[Any, str, list[Any]]:
             f"--field and --values: what to search in {config.name} is not known; it is for "
             + ", ".join(f"{name} ({option})" for name, (option, _) in SEARCHED.items())
         )
-    known = {f.name: f for f in dataclasses.fields(config)}
+    known = {f.name for f in dataclasses.fields(config)}
     if field not in known:
         raise SystemExit(f"--field: {config.name} has no {field!r}; it has {sorted(known)}")
-    if isinstance(known[field].default, int):
+    if isinstance(getattr(type(config)(), field), int):
         values = [int(v) for v in values]
     try:
         for value in values:

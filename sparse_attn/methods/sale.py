@@ -15,16 +15,26 @@ from ..ops import _sale as sale
 from ..ops import sale_select as ops
 from ..registry import Op
 
+# of the fields that a calibrated file has too
+DEFAULTS: dict[str, Any] = {
+    "q_block": 64, "kv_block": 32, "local": 128, "sink": 32, "min_length": 1024,
+    "share_kv_heads": False,
+}  # fmt: skip
+
 
 @dataclass(frozen=True)
 class Sale:
     """Keeps every block in which one pair of tokens looks important.
 
+    A calibrated file gives all fields: its thresholds hold for the blocks and the reference region
+    that they were found with. None stands for the file's value, or without a file the default.
+
     Attributes:
         threshold: a pair is important if its weight exceeds this share of the reference region's
             softmax sum (paper: tau); default 0.004, below 1e-5 keeps everything. One number, one
             per query head (a tuple, list or tensor), or the path of a file that
-            `calibrate_sale` wrote, from which the numbers of `layer` are read at once.
+            `calibrate_sale` wrote, from which the numbers of `layer` are read at once, and the
+            fields below; one given here that differs raises ValueError.
         layer: which layer of the file; None where it has one only. For all layers: `load`.
         q_block: queries per block; 16, 32, 64 or 128, default 64.
         kv_block: keys per block; 16, 32 or 64, default 32.
@@ -36,28 +46,32 @@ class Sale:
     """
 
     threshold: Any = 0.004
-    q_block: int = 64
-    kv_block: int = 32
-    local: int = 128
-    sink: int = 32
-    min_length: int = 1024
-    share_kv_heads: bool = False
+    q_block: int | None = None
+    kv_block: int | None = None
+    local: int | None = None
+    sink: int | None = None
+    min_length: int | None = None
+    share_kv_heads: bool | None = None
     layer: int | None = None
 
     name: ClassVar[str] = "sale"
 
     def __post_init__(self) -> None:
-        sale.check_grid(self.q_block, self.kv_block, self.local, self.sink)
-        check.not_negative("min_length", self.min_length)
-        sale.check_share(self.share_kv_heads)
-        threshold = self.threshold
+        threshold, options = self.threshold, DEFAULTS
         if isinstance(threshold, (str, Path)):
-            threshold = _of_layer(threshold, self.layer)
+            threshold, options = _of_layer(threshold, self.layer)
+            self._agree(options)
             object.__setattr__(self, "layer", None)  # the numbers are what counts from here on
         elif self.layer is not None:
             raise ValueError(
                 f"layer: got {self.layer}, but threshold is no file with layers to choose from"
             )
+        for name in DEFAULTS:
+            if getattr(self, name) is None:
+                object.__setattr__(self, name, options[name])
+        sale.check_grid(self.q_block, self.kv_block, self.local, self.sink)
+        check.not_negative("min_length", self.min_length)
+        sale.check_share(self.share_kv_heads)
         if isinstance(threshold, torch.Tensor):
             threshold = threshold.tolist()
         several = isinstance(threshold, (list, tuple))
@@ -69,6 +83,16 @@ class Sale:
         # so a config says what it does, and does not change when the file does
         object.__setattr__(self, "threshold", tuple(threshold) if several else threshold)
 
+    def _agree(self, options: dict[str, Any]) -> None:
+        """Refuses fields that are not those of the file."""
+        for name, of_file in options.items():
+            given = getattr(self, name)
+            if given is not None and given != of_file:
+                raise ValueError(
+                    f"{name}: got {given!r}, but {str(self.threshold)!r} was calibrated for "
+                    f"{of_file!r}; Sale.load(path, {name}={given!r})[layer] overrides that"
+                )
+
     @classmethod
     def load(cls, path: str | Path, **options: Any) -> dict[int, Sale]:
         """The config of each layer of a calibrated file; `options` replace other fields of it."""
@@ -78,6 +102,9 @@ class Sale:
         return {int(i): cls(threshold=x["threshold"], **options) for i, x in layers}
 
     def why_not(self, query: torch.Tensor, key: torch.Tensor, causal: bool) -> str | None:
+        if isinstance(self.threshold, tuple):  # also where the dense path needs none
+            n = len(self.threshold)
+            check.same("threshold", "number of heads", n, query.shape[1], "query")
         if query.shape[3] % 2 != 0:
             return f"SALE packs two channels a byte, head_dim {query.shape[3]} is odd"
         return sale.why_not(causal)
@@ -190,26 +217,29 @@ def _read(path: str | Path) -> dict[str, Any]:
     """A file of `Calibration.save`."""
     try:
         found = json.loads(Path(path).read_text())
-        legal = found["method"] == "sale" and isinstance(found["options"], dict)
-        legal = legal and all(isinstance(x["threshold"], list) for x in found["layers"].values())
+        legal = found["method"] == "sale" and found["options"].keys() <= DEFAULTS.keys()
+        for layer in found["layers"].values():
+            legal = legal and list(layer) == ["threshold"] and isinstance(layer["threshold"], list)
     except FileNotFoundError:
         raise ValueError(f"threshold: there is no file {str(path)!r}") from None
     except (ValueError, KeyError, TypeError, AttributeError):
         legal = False
     if not legal:
         raise ValueError(f"threshold: {str(path)!r} is no file that calibrate_sale wrote")
+    found["options"] = {**DEFAULTS, **found["options"]}
     return found
 
 
-def _of_layer(path: str | Path, layer: int | None) -> list[float]:
-    layers = _read(path)["layers"]
+def _of_layer(path: str | Path, layer: int | None) -> tuple[list[float], dict[str, Any]]:
+    found = _read(path)
+    layers = found["layers"]
     only = next(iter(layers)) if len(layers) == 1 and layer is None else str(layer)
     if only not in layers:
         raise ValueError(
             f"layer: got {layer}, expected one of {', '.join(layers)}, the layers of "
             f"{str(path)!r}; Sale.load gives the configs of all"
         )
-    return layers[only]["threshold"]
+    return layers[only]["threshold"], found["options"]
 
 
 METHOD = Sale

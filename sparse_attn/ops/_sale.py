@@ -9,7 +9,7 @@ import torch
 from ..reference.block_sparse_attention import block_mask
 from . import _checks as check
 
-GROUPS = ("query", "key", "token")
+GROUPS = ("query", "key")
 Q_BLOCKS, KV_BLOCKS = (16, 32, 64, 128), (16, 32, 64)
 PIECE = 1 << 26  # bytes of products at a time: a GPU wants few launches
 PIECE_CPU = 1 << 21  # and a CPU what its cache holds
@@ -17,7 +17,7 @@ GRID = "int q_block=64, int kv_block=32, SymInt local=128, SymInt sink=32"
 
 
 def n_groups(length, group, block):
-    """How many steps `length` tokens have."""
+    """How many steps `length` tokens have; "token", one each, is for the reference alone."""
     if group == "query":
         return 8 * ((length + 15) // 16)
     if group == "key":
@@ -46,20 +46,28 @@ class Grid(NamedTuple):
     seen: torch.Tensor
 
 
-def grid(n_queries, n_keys, q_block, kv_block, local, sink, device) -> Grid:
-    """The geometry of every query block; `local` and `sink` in tokens."""
+def grid(n_queries, n_keys, q_block, kv_block, local, sink, device, official=False) -> Grid:
+    """The geometry of every query block; `local` and `sink` in tokens.
+
+    `official`, for the reference alone: the published code's last four to seven blocks, so many
+    that the middle of a sink of one block is a multiple of four, in place of `local`.
+    """
     local, sink = (min(tokens, n_keys + 128) for tokens in (local, sink))  # nothing overflows
     first = n_keys - n_queries + torch.arange(0, n_queries, q_block, device=device)
     last = (first + q_block - 1).clamp(max=n_keys - 1)
     seen = torch.where(last >= 0, last // kv_block + 1, 0)
     own = first.clamp(min=0) // kv_block
-    begin = (own - ((local + kv_block - 1) // kv_block - 1)).clamp(min=0).minimum(seen)
+    begin = own - ((local + kv_block - 1) // kv_block - 1)
+    if official:
+        begin = (seen - 4 - (seen - 1) % 4).minimum(own)
+    begin = begin.clamp(min=0).minimum(seen)
     return Grid(begin.clamp(max=(sink + kv_block - 1) // kv_block), begin, seen)
 
 
-def reference_lists(n_queries, n_keys, q_block, kv_block, local, sink, device):
+def reference_lists(n_queries, n_keys, q_block, kv_block, local, sink, device, official=False):
     """The reference region as (indices, counts) of one head, [1, 1, Mq, K] and [1, 1, Mq]."""
-    g = grid(n_queries, n_keys, q_block, kv_block, local, sink, device)
+    g = grid(n_queries, n_keys, q_block, kv_block, local, sink, device, official)
+    local = max(local, 7 * kv_block) if official else local
     blocks = [(n + kv_block - 1) // kv_block for n in (n_keys, sink, local, q_block + kv_block - 2)]
     place = torch.arange(min(blocks[0], sum(blocks[1:])), device=device)
     sinks = g.sink[:, None]

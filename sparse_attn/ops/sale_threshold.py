@@ -39,13 +39,15 @@ def _(query, key, key_mean, threshold, q_block, kv_block, local, sink, causal, s
         raise ValueError(f"scale: got {scale}, expected 0 or more; negate the query instead")
 
 
-def _run(backend, query, key, key_mean, threshold, q_block, kv_block, local, sink, causal, scale):
+def _run(backend, query, key, key_mean, threshold, q_block, kv_block, local, sink, causal, scale,
+         official=False):  # fmt: skip
     """theta = (lse + ln threshold) / scale - query . key_mean, in units of query . centred key.
 
-    The reference region is attended to for its lse alone, with eight channels for values.
+    The reference region is attended to for its lse alone, with eight channels for values. No
+    operator takes `official`, the region of `sale.grid`.
     """
     lists = sale.reference_lists(
-        query.shape[2], key.shape[2], q_block, kv_block, local, sink, query.device
+        query.shape[2], key.shape[2], q_block, kv_block, local, sink, query.device, official
     )
     lists = (x.expand(query.shape[0], *x.shape[1:]) for x in lists)
     scale = 1 / math.sqrt(query.shape[3]) if scale is None else scale

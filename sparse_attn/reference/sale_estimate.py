@@ -26,6 +26,8 @@ def sale_estimate(
     kv_block: int = 32,
     local: int = 128,
     sink: int = 32,
+    per_token: bool = False,
+    official: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The blocks in which a pair's estimated score exceeds its row's theta, and the reference.
 
@@ -40,10 +42,13 @@ def sale_estimate(
         x = (query_step * key_step) * float32(n)           to nearest even; two products
         kept = not (x <= theta[i])                         (so NaN is kept)
 
-    with the steps of the groups of i ("query") and j ("key"). For keys of one group x rises with n,
-    so the largest n of a row and group decides for all of them: kernels compare once per group. A
-    theta below TINY in size counts as 0. A query block with a row whose theta is -inf or NaN
-    (`not theta > -inf`) keeps every middle block. Rows past the last query keep none.
+    with the steps of the groups of i ("query") and j ("key"), or with `per_token`, which only the
+    reference serves, of the tokens themselves, [B, Hq, Tq] and [B, Hkv, Tk]. For keys of one group
+    x rises with n, so the largest n of a row and group decides for all of them: kernels compare
+    once per group. A theta below TINY in size counts as 0. A query block with a row whose theta is
+    -inf or NaN (`not theta > -inf`) keeps every middle block. Rows past the last query keep none.
+
+    `official`, an option of the reference alone too: the published code's local blocks, of `grid`.
 
     Returns indices int32 [B, Hq, Mq, Nk], the ascending ids of sink, kept and local blocks, and
     counts int32 [B, Hq, Mq]. Places past the counts hold 0.
@@ -51,12 +56,13 @@ def sale_estimate(
     batch, heads, n_queries = query_packed.shape[:3]
     n_keys, device = key_packed.shape[2], query_packed.device
     blocks = -(-n_keys // kv_block)
-    g = grid(n_queries, n_keys, q_block, kv_block, local, sink, device)
+    g = grid(n_queries, n_keys, q_block, kv_block, local, sink, device, official)
     block = torch.arange(blocks, device=device)
     mask = (block < g.seen[:, None]) & ((block < g.sink[:, None]) | (block >= g.local[:, None]))
     mask = mask.repeat(batch, heads, 1, 1)
-    q_place = group_of(torch.arange(n_queries, device=device), "query", 0)
-    k_place = group_of(torch.arange(n_keys, device=device), "key", kv_block)
+    kinds = ("token", "token") if per_token else ("query", "key")
+    q_place = group_of(torch.arange(n_queries, device=device), kinds[0], 0)
+    k_place = group_of(torch.arange(n_keys, device=device), kinds[1], kv_block)
     theta = theta.masked_fill(theta.abs() < TINY, 0)
     bounds = list(zip(g.sink.tolist(), g.local.tolist(), strict=True))
     for b in range(batch):

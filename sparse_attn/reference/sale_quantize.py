@@ -32,8 +32,9 @@ def sale_quantize(
        high nibble, in two's complement.
 
     The group of token t is `group_of`: "query" 8 * (t // 16) + t % 8, so rows r and r + 8 of 16
-    share a step; "key" 4 * (t // block) + t % 8 // 2; "token" t. A last tile or block may be
-    ragged, and groups without any token are as groups of zeros are, but for the floor.
+    share a step; "key" 4 * (t // block) + t % 8 // 2; "token" t, which only the reference
+    serves. A last tile or block may be ragged, and groups without any token are as groups of zeros
+    are, but for the floor.
 
     Returns packed uint8 [B, H, T, D / 2], step float32 [B, H, groups] and the mean that was used.
     """

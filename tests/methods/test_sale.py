@@ -5,7 +5,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import sparse_attn
-from sparse_attn import BlockIndex, Sale
+from sparse_attn import BlockIndex, Sale, settings
 from sparse_attn.calibrate_sale import START, calibrate_sale
 from sparse_attn.methods.sale import METHOD, SaleState
 from tests.cases import FLOOR, Shape, assert_as_accurate, inputs
@@ -262,80 +262,6 @@ def test_no_other_head_dim_or_mask():
         sparse_attn.attention(query, key, value, "sale", causal=False)
 
 
-# ---- calibration -------------------------------------------------------------------------------
-
-
-def prompts(*kinds):
-    return [structured(kind, 1200) for kind in kinds]
-
-
-@pytest.mark.parametrize("target", [{"max_error": 0.15}, {"min_recall": 0.985}, {}], ids=str)
-def test_calibration_reaches_its_target(target, tmp_path):
-    found = calibrate_sale([prompts("sharp"), prompts("flat", "mixed")], **target, progress=False)
-    assert found.target == (target or {"max_error": 0.4})
-    for layer, n in zip(found.layers, (1, 2), strict=True):
-        assert layer.prompts == n and all(0 <= t <= START for t in layer.threshold)
-        # the target holds for each prompt, so for the mean
-        if "min_recall" in target:
-            assert min(layer.recall) >= target["min_recall"] - 1e-6
-        else:
-            assert max(layer.error) <= found.target["max_error"] + 1e-6
-        numbers = zip(layer.threshold, layer.density, strict=True)
-        assert all(density == 1 for threshold, density in numbers if threshold == 0)
-    found.save(tmp_path / "sale.json")
-    configs = Sale.load(tmp_path / "sale.json", min_length=3)
-    assert [configs[i].threshold for i in (0, 1)] == [tuple(x.threshold) for x in found.layers]
-    assert configs[1].min_length == 3
-    assert Sale(str(tmp_path / "sale.json"), layer=1).threshold == configs[1].threshold
-    # what the file says is what a call finds
-    query, key, value = prompts("sharp")[0]
-    index = sparse_attn.select(query, key, configs[0])
-    visible = BlockIndex.full(1200, 1200, 64, 32).counts.sum()
-    torch.testing.assert_close(
-        (index.counts[0].sum(-1) / visible), torch.tensor(found.layers[0].density)
-    )
-    text = (tmp_path / "sale.json").read_text()
-    assert json.loads(text)["measured"]["target"] == found.target
-    assert max(len(line) for line in text.split("\n")) < 200, "one list a line"
-
-
-def test_thresholds_are_halved_only_where_needed():
-    """The published search, head by head."""
-    query, key, value = prompts("mixed")[0]
-    (layer,) = calibrate_sale([[(query, key, value)]], max_error=0.1, progress=False).layers
-    dense = sparse_attn.attention(query, key, value, "dense").float()
-    for h in range(4):
-        tau = START
-        while tau >= 1e-4:
-            config = Sale(threshold=tau)
-            out = sparse_attn.attention(query, key, value, config, fallback=False).float()
-            if (out - dense)[0, h].abs().sum(-1).mean() <= 0.1:
-                break
-            tau /= 2
-        assert layer.threshold[h] == pytest.approx(tau if tau >= 1e-4 else 0, rel=1e-5)
-    assert len(set(layer.threshold)) > 1
-
-
-def test_calibration_shows_a_bar(capsys):
-    calibrate_sale([prompts("sharp")])
-    assert "layer 0" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize(
-    "arguments, options, message",
-    [
-        ([], {}, "layers: got none"),
-        ([[]], {}, "layers: layer 0 has no prompt"),
-        ([[torch.zeros(1)]], {}, "layers: layer 0 holds a tensor, expected its prompts"),
-        ([], {"min_recall": 1.5}, "min_recall: got 1.5, expected 0 to 1"),
-        ([], {"max_error": "a"}, "max_error: got 'a', expected a number"),
-    ],
-)
-def test_calibration_checks_its_arguments(arguments, options, message):
-    with pytest.raises((ValueError, TypeError), match=message):
-        calibrate_sale(arguments, **options, progress=False)
-
-
 # ---- the config --------------------------------------------------------------------------------
 
 
@@ -366,8 +292,14 @@ def test_files_are_checked(tmp_path):
     with pytest.raises(ValueError, match="threshold: there is no file"):
         Sale(threshold=str(tmp_path / "none.json"))
     path = tmp_path / "other.json"
-    for text in ("{", "[]", '{"method": "sale"}', '{"method": "hip", "options": {}, "layers": {}}'):
-        path.write_text(text)
+    layers = {"0": {"threshold": [0.1]}, "1": {"threshold": [0.1], "q_block": 32}}
+    for found in (
+        "{", [], {"method": "sale"}, {"method": "hip", "options": {}, "layers": {}},
+        {"method": "sale", "options": [], "layers": {}},
+        {"method": "sale", "options": {"block": 3}, "layers": {}},
+        {"method": "sale", "options": {}, "layers": layers},
+    ):  # fmt: skip
+        path.write_text(found if isinstance(found, str) else json.dumps(found))
         with pytest.raises(ValueError, match="is no file that calibrate_sale wrote"):
             Sale(threshold=path)
     layer = {"threshold": [0.1, 0.2]}
@@ -378,6 +310,35 @@ def test_files_are_checked(tmp_path):
     assert Sale(path, layer=0) == Sale((0.1, 0.2))
     with pytest.raises(ValueError, match="layer: got 3, but threshold is no file"):
         Sale(threshold=0.01, layer=3)
+
+
+def test_a_file_gives_all_fields_and_nothing_contradicts_it(tmp_path):
+    fields = {
+        "q_block": 128, "kv_block": 64, "local": 512, "sink": 64, "min_length": 4096,
+        "share_kv_heads": True,
+    }  # fmt: skip
+    tensors = [torch.randn(1, heads, 300, 32) for heads in (2, 1, 1)]
+    config = Sale(0.5, **fields)
+    path = tmp_path / "sale.json"
+    calibrate_sale([[tensors]] * 2, max_error=5.0, config=config, progress=False).save(path)
+    want = Sale((START, START), **fields)
+    assert Sale.load(path) == {0: want, 1: want}
+    by_register = settings.read(path)  # layers that the file lacks have its options too
+    assert by_register == (Sale(**fields), Sale.load(path))
+    assert Sale(path, layer=1) == want == Sale(str(path), layer=0, sink=64, share_kv_heads=True)
+    assert Sale.load(path, sink=32)[0] == Sale((START, START), **{**fields, "sink": 32})
+    for name, other in (("q_block", 64), ("sink", 32), ("share_kv_heads", False)):
+        message = f"{name}: got {other}, but .*sale.json' was calibrated for {fields[name]}; Sale"
+        with pytest.raises(ValueError, match=message):
+            Sale(path, layer=1, **{name: other})
+    assert Sale(q_block=None, sink=None) == Sale() == Sale(0.004, 64, 32, 128, 32, 1024, False)
+
+
+def test_thresholds_of_other_heads_are_refused_where_the_dense_path_is_taken():
+    query, key, value = inputs(Shape())
+    for call in (sparse_attn.attention, sparse_attn.explain):
+        with pytest.raises(ValueError, match="threshold: number of heads is 7, expected 2"):
+            call(query, key, value, Sale(threshold=[0.1] * 7))
 
 
 def test_config_is_frozen_and_hashable():

@@ -7,8 +7,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sparse_attn import BlockIndex
+from sparse_attn.ops._sale import group_of
 from sparse_attn.ops.sale_estimate import op
 from sparse_attn.ops.sale_quantize import op as quantize
+from sparse_attn.reference import sale_estimate as reference
 from sparse_attn.reference.sale_quantize import unpack
 from tests.cases import CUDA, Shape, call, inputs, opcheck
 from tests.cases import RUNS as ALL
@@ -90,6 +92,19 @@ def test_definition_pair_by_pair(run):
     assert 0.2 < chosen / total < 0.8
 
 
+def test_the_reference_takes_a_step_per_token():
+    """Each token with the step of its group: the same lists. With larger ones: longer lists."""
+    args = case(Tq=90, Tk=300, Hq=4, Hkv=2)
+    each = list(args)
+    for at, kind in ((1, "query"), (3, "key")):
+        place = group_of(torch.arange(args[at - 1].shape[2]), kind, 32)
+        each[at] = args[at][:, :, place]
+    got, want = reference.sale_estimate(*each, per_token=True), reference.sale_estimate(*args)
+    assert all(torch.equal(x, y) for x, y in zip(got, want, strict=True))
+    each[1] = each[1] * 4
+    assert reference.sale_estimate(*each, per_token=True)[1].sum() > want[1].sum()
+
+
 @pytest.mark.parametrize("run", KERNELS, ids=str)
 @settings(max_examples=25)
 @given(data=st.data())
@@ -137,33 +152,23 @@ def test_the_largest_products_do_not_overflow(run, D):
 
 @pytest.mark.parametrize("run", RUNS, ids=str)
 def test_a_planted_pair_is_found_wherever_it_lies(run):
-    """Every (i mod 64, j mod 32): one head each, one key of its own for each of 64 rows."""
-    every = run[0] in ("cpp", "reference")
-    T, D = 352, 64
-    for shift in range(0, 32, 1 if every else 11):
-        # row i of block m looks for the key 32 * (1 + i % 4) + (i + shift) % 32
-        i = torch.arange(T)
-        j = 32 * (1 + i % 4) + (i + shift) % 32
-        query, key = torch.randn(2, 1, 1, T, D).mul(0.05)
-        direction = torch.nn.functional.normalize(torch.randn(32, D), dim=-1) * 4
-        key[0, 0, 32:160] = direction[torch.arange(128) % 32] * 0.05
-        for row in range(256, 320):  # one row a head: 64 heads
-            query[0, 0, row] = 0
-        heads = query.expand(1, 64, T, D).clone()
-        keys = key.expand(1, 64, T, D).clone()
-        for n in range(64):
-            row = 256 + n
-            heads[0, n, row] = direction[n % 32]
-            keys[0, n, j[row]] = direction[n % 32]
-        zero = torch.zeros(1, 64, D)
-        packed, step, _ = quantize(heads, zero, "query", backend="reference")
-        k_packed, k_step, _ = quantize(keys, zero, "key", backend="reference")
-        theta = torch.full((1, 64, T), 12.0)
-        args = (packed, step, k_packed, k_step, torch.zeros(1, 64, T), theta)
-        mask = lists(run, args, local=32, sink=32)[0, :, 4]
-        for n in range(64):
-            middle = mask[n, 1:8].nonzero().flatten().tolist()
-            assert middle == [int(j[256 + n]) // 32 - 1], f"row {n}, key {int(j[256 + n])}"
+    """Every (i mod 64, j mod 32), a block of keys of a head for each."""
+    heads, D, middle = 32, 64, 68
+    rows = torch.where(torch.randn(64, D) > 0, 1.0, -1.0)
+    assert (rows @ rows.T).fill_diagonal_(0).max() < 44, "no row looks for another's key"
+    i, blocks = torch.arange(64), 1 + torch.randperm(middle)[:64]  # four hold no pair
+    key = torch.zeros(1, 1, 32 * (1 + middle) + 64, D)
+    key[0, 0, 32 * blocks + i % 32] = rows
+    query = torch.stack([rows.roll(h, 0) for h in range(heads)])[None]  # row (i + h) % 64 finds it
+    want = torch.zeros(1 + middle + 2, dtype=torch.bool)
+    want[0] = want[-2:] = want[blocks] = True  # the sink and the last blocks
+    zero = torch.zeros(1, heads, D)
+    packed, step, _ = quantize(query, zero, "query", backend="reference")
+    k_packed, k_step, _ = quantize(key, zero[:, :1], "key", backend="reference")
+    bias, theta = torch.zeros(1, heads, key.shape[2]), torch.full((1, heads, 64), 50.0)
+    args = (packed, step, k_packed, k_step, bias, theta)
+    mask = lists(run, args, local=32, sink=32)[0, :, 0]
+    assert torch.equal(mask, want.expand_as(mask))
 
 
 @pytest.mark.parametrize("run", RUNS, ids=str)
@@ -253,7 +258,7 @@ def test_a_chunk_is_the_suffix_of_the_whole_prompt(run):
         ({"theta": torch.zeros(1, 2, 70).double()}, "theta: expected dtype float32"),
         ({"q_block": 48}, r"q_block: got 48, expected one of \(16, 32, 64, 128\)"),
         ({"kv_block": 128}, r"kv_block: got 128, expected one of \(16, 32, 64\)"),
-        ({"local": 0}, "local: got 0, expected 1 to"),
+        ({"local": 0}, "local: got 0, expected 1 or more"),
         ({"sink": -1}, "sink: got -1, expected 0 or more"),
     ],
 )

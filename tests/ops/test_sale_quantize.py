@@ -7,6 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sparse_attn.ops.sale_quantize import op
+from sparse_attn.reference import sale_quantize as reference
 from sparse_attn.reference.sale_quantize import FLOOR, SMALLEST, unpack
 from tests.cases import CUDA, DTYPES, Shape, call, opcheck
 from tests.cases import RUNS as ALL
@@ -15,7 +16,7 @@ from tests.cases import inputs as random_inputs
 BACKENDS = ("reference", "cpp", "triton", "cuda")  # a backend that has a kernel adds its name
 RUNS = [run for run in [*ALL, CUDA[-1]] if run[0] in BACKENDS]
 KERNELS = [run for run in RUNS if run[0] != "reference"]
-GROUPS = [("query", 32), ("key", 32), ("key", 16), ("key", 64), ("token", 32)]
+GROUPS = [("query", 32), ("key", 32), ("key", 16), ("key", 64)]
 
 
 def tokens(T=70, D=64, B=1, H=2, dtype=torch.float32, offset=0.0):
@@ -25,7 +26,7 @@ def tokens(T=70, D=64, B=1, H=2, dtype=torch.float32, offset=0.0):
 
 
 def place(t, group, block):
-    return {"query": t // 16 * 8 + t % 8, "key": t // block * 4 + t % 8 // 2, "token": t}[group]
+    return {"query": t // 16 * 8 + t % 8, "key": t // block * 4 + t % 8 // 2}[group]
 
 
 def equal(got, want):
@@ -59,8 +60,9 @@ def test_definition(run, group, block):
 def test_nibbles(run):
     """Byte b holds channel b low and channel b + D / 2 high, in two's complement."""
     x = torch.tensor([[[[-7.0, 3.0, 5.0, -1.0]]]])
-    packed, step, _ = call(op, run, x, torch.zeros(1, 1, 4), "token")
-    assert packed.tolist() == [[[[0x9 | 5 << 4, 3 | 0xF << 4]]]] and step.tolist() == [[[1.0]]]
+    packed, step, _ = call(op, run, x, torch.zeros(1, 1, 4))
+    assert packed.tolist() == [[[[0x9 | 5 << 4, 3 | 0xF << 4]]]]
+    assert step.tolist() == [[[1.0] + [0.0] * 7]]
 
 
 @pytest.mark.parametrize("group, block", GROUPS)
@@ -147,6 +149,14 @@ def test_a_prefix_keeps_its_codes():
         assert torch.equal(long[1][:, :, : short[1].shape[2]], short[1])
 
 
+def test_the_reference_has_a_step_per_token():
+    x, zero = tokens(T=39, D=24, offset=2.0), torch.zeros(1, 2, 24)
+    packed, step, _ = reference.sale_quantize(x, zero, "token")
+    largest = x.abs().amax(3)
+    torch.testing.assert_close(step, largest / 7, rtol=0, atol=0)
+    assert torch.equal(unpack(packed), torch.round(x * (7 / largest)[..., None]).int())
+
+
 def test_float64_is_served():
     x = tokens().double()
     assert equal(op(x, torch.zeros(1, 2, 64)), op(x.float(), torch.zeros(1, 2, 64)))
@@ -159,7 +169,7 @@ def test_float64_is_served():
         ({"x": torch.zeros(1, 1, 3, 5)}, "x: head_dim 5, expected an even one"),
         ({"x": torch.zeros(1, 1, 3, 4, dtype=torch.int32)}, "x: expected dtype"),
         ({"x": torch.zeros(1, 1, 0, 4)}, "x: dimension T is empty"),
-        ({"group": "row"}, "group: got 'row', expected one of"),
+        ({"group": "token"}, r"group: got 'token', expected one of \('query', 'key'\)"),
         ({"block": 48}, r"block: got 48, expected one of \(16, 32, 64\)"),
         ({"block": "a"}, "block: got 'a', expected an integer"),
         ({"mean": torch.zeros(1, 1, 4)}, r"mean: shape is \(1, 1, 4\), expected \(1, 2, 4\)"),

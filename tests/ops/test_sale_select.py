@@ -11,8 +11,10 @@ from sparse_attn.ops import _sale as sale
 from sparse_attn.ops.sale_estimate import op as estimate
 from sparse_attn.ops.sale_quantize import op as quantize
 from sparse_attn.ops.sale_select import op
+from sparse_attn.ops.sale_threshold import _run as threshold_of
 from sparse_attn.ops.sale_threshold import op as threshold_op
-from sparse_attn.reference.sale_quantize import unpack
+from sparse_attn.reference.sale_estimate import sale_estimate
+from sparse_attn.reference.sale_quantize import sale_quantize, unpack
 from tests.cases import CUDA, Shape, call, inputs, opcheck
 from tests.cases import RUNS as ALL
 from tests.ops.test_sale_estimate import BACKENDS, regions
@@ -54,20 +56,20 @@ def test_is_the_three_steps(run):
             assert torch.equal(x, y)
 
 
-def scores_and_bound(query, key, key_mean=None):
+def scores_and_bound(query, key, key_mean=None, groups_of=("query", "key")):
     """Estimated and exact q . k', float64 [Hq, Tq, Tk], and the proven bound of their difference.
 
     docs/methods/sale.md: |x - q . k'| <= s_q / 2 * |k'|_1 + s_k / 2 * |s_q q4|_1 + s_q s_k / 2, and
     float32's rounding.
     """
-    q4, q_step, q_mean = quantize(query, None, "query", backend="reference")
-    k4, k_step, k_mean = quantize(key, key_mean, "key", backend="reference")
+    q4, q_step, q_mean = sale_quantize(query, None, groups_of[0])
+    k4, k_step, k_mean = sale_quantize(key, key_mean, groups_of[1])
     groups = query.shape[1] // key.shape[1]
     bias = sale.dots(key, k_mean, q_mean.unflatten(1, (-1, groups)))[0].double()
     place = lambda T, group: sale.group_of(torch.arange(T), group, 32)  # noqa: E731
     wide = lambda x: x[0].double().repeat_interleave(groups, 0)  # noqa: E731
-    sq = q_step[0][:, place(query.shape[2], "query")].double()[..., None]
-    sk = wide(k_step)[:, place(key.shape[2], "key")][:, None]
+    sq = q_step[0][:, place(query.shape[2], groups_of[0])].double()[..., None]
+    sk = wide(k_step)[:, place(key.shape[2], groups_of[1])][:, None]
     codes_q, codes_k = unpack(q4)[0].double(), wide(unpack(k4))
     centred = wide(key) - wide(k_mean)[:, None]
     exact = query[0].double() @ centred.mT
@@ -120,12 +122,14 @@ def assert_follows(mask, margin):
     assert clear.sum() > 0.99 * (margin.estimate != 0).sum()
 
 
+@pytest.mark.parametrize("groups_of", [("query", "key"), ("token", "token")], ids=str)
 @pytest.mark.parametrize("kind", ["mixed", "sharp", "flat", "peaky"])
-def test_error_bound(kind):
+def test_error_bound(kind, groups_of):
     query, key, _ = structured(kind, 900, torch.float32)
     for offset in (0.0, 2.0):  # a mean of the queries and of the keys
         shift = offset * torch.randn(2, 64)
-        estimated, exact, bound = scores_and_bound(query + shift[0], key + shift[1])
+        moved = query + shift[0], key + shift[1]
+        estimated, exact, bound = scores_and_bound(*moved, groups_of=groups_of)
         assert ((estimated - exact).abs() <= bound).all()
         assert (estimated - exact).abs().mean() < 0.25 * exact.abs().mean()
 
@@ -217,6 +221,36 @@ def test_a_chunk_with_frozen_means_chooses_alike(run):
         assert above.any() and below.any()
         assert masks[i][0][above].all() and masks[j][0][above].all()
         assert not masks[i][0][below].any() and not masks[j][0][below].any()
+
+
+@pytest.mark.parametrize("kind", ["mixed", "sharp"])
+def test_the_published_reference_region(kind):
+    """Its 4 to 7 local blocks and its middle of whole fours; it hardly moves what is chosen."""
+    query, key, _ = structured(kind, 1500, torch.float32)
+    place = (1500, 1500, 64, 32, 128, 32)
+    ours, theirs = (sale.grid(*place, "cpu", official=o) for o in (False, True))
+    n, L = theirs.seen, theirs.seen - theirs.local
+    whole = n > 7
+    assert set(L[whole].tolist()) == {5, 6, 7} and ((n - 1 - L)[whole] % 4 == 0).all()
+    k_mean, threshold = key.mean(2), torch.full((4,), 0.004)
+    q_codes, q_step, q_mean = sale_quantize(query, None, "query")
+    k_codes, k_step, _ = sale_quantize(key, k_mean, "key")
+    bias = sale.dots(key, k_mean, q_mean.unflatten(1, (2, 2)))
+    masks = []
+    for official in (False, True):
+        bar = (query, key, k_mean, threshold, *place[2:], True, None, official)
+        theta = threshold_of("reference", *bar)
+        codes = (q_codes, q_step, k_codes, k_step, bias, theta, *place[2:])
+        lists = sale_estimate(*codes, official=official)
+        masks.append(BlockIndex(*lists, 64, 32).to_mask(1500)[0])
+    assert torch.equal(masks[0], mask_of(("reference", None), query, key, 0.004)[0])
+    block = torch.arange(masks[0].shape[2])
+    own = (block >= theirs.local[:, None]) & (block < n[:, None])
+    assert masks[1][:, own].all() and masks[1][..., 0].all()
+    middle = (block > 0) & (block < torch.minimum(ours.local, theirs.local)[:, None])
+    kept = [mask[:, middle].float().mean() for mask in masks]
+    differ = (masks[0] != masks[1])[:, middle].float().mean()
+    assert 0.2 < kept[1] <= kept[0] < 0.8 and 0 < differ < 0.05
 
 
 @pytest.mark.parametrize("run", RUNS, ids=str)
