@@ -15,6 +15,7 @@ from tqdm import tqdm
 from transformers import LlamaForCausalLM
 
 from .. import METHODS, api, mass
+from ..methods import meant
 from ..plot import plot_mass
 from ..probe import BASELINE, Probe, register_probe
 from .text import Prompt, corpus, prompt
@@ -26,9 +27,10 @@ def register_all(wanted: list[str] | None) -> dict[str, Probe]:
     """One registered attention implementation per method, and the baseline."""
     alone = [n for n, m in METHODS.items() if not getattr(m, "needs_context", False)]
     names = wanted or alone
-    unknown = set(names) - set(METHODS)
+    unknown = sorted(set(names) - set(METHODS))
     if unknown:
-        raise SystemExit(f"--method: no such method {sorted(unknown)}; there are {list(METHODS)}")
+        near = meant(unknown[0], METHODS)
+        raise SystemExit(f"--method: no such method {unknown}; there are {list(METHODS)}{near}")
     if not set(names) <= set(alone):
         raise SystemExit(
             "--method: squeezed works behind a prepared context: python -m sparse_attn squeeze run"
