@@ -27,7 +27,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     parser.add_argument(
         "--repeats", type=int, default=3,
-        help="timed runs, in turn over the methods (default: %(default)s)",
+        help="timed runs, in turn over the methods; one where a turn takes more than 15 s "
+        "(default: %(default)s)",
     )  # fmt: skip
 
 
