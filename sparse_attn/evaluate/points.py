@@ -117,6 +117,17 @@ def operating_points(results: dict[str, Any], length: int) -> list[list[str]]:
     return rows
 
 
+def behind(results: dict[str, Any], length: int) -> str:
+    """What the numbers of methods that work behind a prepared context are of; "" without any."""
+    for cell in measured(results, length).values():
+        if "baseline" in cell:
+            return (
+                f"squeezed: density and speed-ups are of the last {cell['tail']:,} tokens behind a "
+                f"prepared context of {cell['context']:,}, against {BASELINE} over a dense cache."
+            )
+    return ""
+
+
 HEAD = [
     "method", "density", "attention", "prefill", "decoding, change in bits/token",
     "bits/token lost", "needles lost (points)",
