@@ -281,7 +281,15 @@ def test_methods_say_what_they_cannot_do():
     for call in (sparse_attn.attention, lambda q, k, v, m, **o: sparse_attn.select(q, k, m, **o)):
         with pytest.raises(NotImplementedError, match="defined for causal prefill; use"):
             call(query, key, value, "flex_prefill", causal=False)
-    with pytest.raises(ValueError, match="method: got 'flash', expected one of"):
-        sparse_attn.attention(query, key, value, "flash")
+    for name, message in (
+        ("flash", r"method: got 'flash', expected one of \['dense', .*\]$"),
+        ("flexprefill", r"expected one of .*; did you mean 'flex_prefill'\?"),
+        (
+            "flex_prefill:gamma=0.9",
+            r"in a config: sparse_attn.FlexPrefill\(gamma=\.\.\., tau=\.\.\.",
+        ),
+    ):
+        with pytest.raises(ValueError, match=message):
+            sparse_attn.attention(query, key, value, name)
     with pytest.raises(TypeError, match="method: got 3"):
         sparse_attn.attention(query, key, value, 3)

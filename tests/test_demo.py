@@ -1,5 +1,6 @@
 """`python -m sparse_attn demo` on short prompts."""
 
+import re
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -34,6 +35,18 @@ def table(printed):
     end = lines.index("", head)
     rows = [line.replace(" s ", " ").replace(" *", "*").split() for line in lines[head + 1 : end]]
     return {(row[0], row[1]): row[2:] for row in rows}, "\n".join(lines[end:])
+
+
+@pytest.mark.parametrize("command", ["demo", "evaluate", "calibrate"])
+def test_help_shows_every_default(command, capsys):
+    with pytest.raises(SystemExit):
+        main([command, "--help"])
+    found = " ".join(capsys.readouterr().out.partition("options:")[2].split())
+    options = re.split(r" (?=--[a-z]+ [A-Z{])", found)[1:]
+    assert len(options) >= 6
+    for option in options:
+        no_default = option.startswith(("--method METHOD ", "--field", "--loss"))
+        assert "(default: " in option or (no_default and command == "calibrate"), option
 
 
 def test_table_and_picture(text, tmp_path, capsys):

@@ -9,12 +9,27 @@ MODEL = Path(__file__).parents[2] / "demo" / "model"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--method", nargs="+", help="methods to show (default: all)")
+    parser.add_argument("--method", nargs="+", help="names of methods (default: all)")
     parser.add_argument("--text", type=Path, help="a text file (default: Python's own sources)")
-    parser.add_argument("--out", type=Path, default=Path("demo_out"), help="folder for the picture")
-    parser.add_argument("--lengths", type=int, nargs="+", default=[4096, 8192, 16384, 32768])
-    parser.add_argument("--model", type=Path, default=MODEL, help="folder of a byte-level Llama")
-    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=Path("demo_out"),
+        help="folder for the pictures (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--lengths", type=int, nargs="+", default=[4096, 8192, 16384, 32768],
+        help="bytes per prompt (default: %(default)s)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--model", type=Path, default=MODEL,
+        help="folder of a byte-level Llama (default: demo/model of the checkout)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--repeats", type=int, default=3,
+        help="timed runs, in turn over the methods; one where a turn takes more than 15 s "
+        "(default: %(default)s)",
+    )  # fmt: skip
 
 
 def run(args: argparse.Namespace) -> None:

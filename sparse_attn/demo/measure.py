@@ -15,20 +15,23 @@ from tqdm import tqdm
 from transformers import LlamaForCausalLM
 
 from .. import METHODS, api, mass
+from ..methods import meant
 from ..plot import plot_mass
 from ..probe import BASELINE, Probe, register_probe
 from .text import Prompt, corpus, prompt
 
 PICTURE_LAYER = 1
+LONG = 15.0  # seconds of a turn that is not repeated: long runs differ little
 
 
 def register_all(wanted: list[str] | None) -> dict[str, Probe]:
     """One registered attention implementation per method, and the baseline."""
     alone = [n for n, m in METHODS.items() if not getattr(m, "needs_context", False)]
     names = wanted or alone
-    unknown = set(names) - set(METHODS)
+    unknown = sorted(set(names) - set(METHODS))
     if unknown:
-        raise SystemExit(f"--method: no such method {sorted(unknown)}; there are {list(METHODS)}")
+        near = meant(unknown[0], METHODS)
+        raise SystemExit(f"--method: no such method {unknown}; there are {list(METHODS)}{near}")
     if not set(names) <= set(alone):
         raise SystemExit(
             "--method: squeezed works behind a prepared context: python -m sparse_attn squeeze run"
@@ -90,7 +93,8 @@ def measure_length(
                      "bits": bits, "recall": recall, "fallback": probe.fallback,
                      "seconds": [], "attention": []})  # fmt: skip
         bar.update()
-    for _ in range(repeats):
+    for turn in range(repeats):
+        start = time.perf_counter()
         for row in rows:  # in turn, so that a slow moment of the machine hits all alike
             probe = probes[row["method"]]
             probe.seconds = 0.0
@@ -98,6 +102,9 @@ def measure_length(
             row["seconds"].append(seconds)
             row["attention"].append(probe.seconds)
             bar.update()
+        if time.perf_counter() - start > LONG:
+            bar.update((repeats - 1 - turn) * len(rows))
+            break
     for row in rows:
         row["seconds"] = statistics.median(row["seconds"])
         row["attention"] = statistics.median(row["attention"])
@@ -156,11 +163,13 @@ def picture(probes: dict[str, Probe], out: Path) -> None:
             print(f"no picture: {error}")
             continue
         whole, part = mass.cells(query, key, index)
-        shares, _ = mass.kept(query, key, index)
+        shares, pairs = mass.kept(query, key, index)
         names = [f"head {h}: {share:.1%} kept" for h, share in enumerate(shares.tolist())]
         title = (
             f"{name}: heads of layer {layer} (of 0–{len(probe.recorded) - 1}), "
-            f"prompt of {key.shape[2]:,} bytes, a token each"
+            f"prompt of {key.shape[2]:,} bytes, a token each\n"
+            f"blue: computed, {pairs.mean():.0%} of all pairs; red: left out, "
+            f"{1 - shares.mean():.0%} of the attention; white: next to no attention"
         )
         if probe.fallback:
             title += f"\nnot used: {probe.fallback}"

@@ -16,20 +16,37 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--methods", nargs="+", metavar="METHOD",
         help="names, names with options such as flex_prefill:gamma=0.9,min_budget=256, or files "
-        "that calibrate wrote; several settings of a method make a line (default: all methods)",
+        "that calibrate wrote; several settings of a method make a line (default: every method)",
     )  # fmt: skip
-    parser.add_argument("--lengths", type=int, nargs="+", default=[1024, 2048, 4096])
+    parser.add_argument(
+        "--lengths", type=int, nargs="+", default=[1024, 2048, 4096],
+        help="tokens per prompt (default: %(default)s)",
+    )  # fmt: skip
     parser.add_argument("--text", type=Path, help="a text file (default: Python's own sources)")
     parser.add_argument(
         "--out", type=Path, default=Path("evaluate_out"),
-        help="folder for results.json and report.html; a run that was stopped goes on here",
+        help="folder for results.json and report.html; a run that was stopped goes on here "
+        "(default: %(default)s)",
     )  # fmt: skip
-    parser.add_argument("--depths", type=int, default=5, help="depths at which needles lie")
-    parser.add_argument("--samples", type=int, default=4, help="needles, keys, chains per prompt")
-    parser.add_argument("--repeats", type=int, default=3, help="runs that are timed")
-    parser.add_argument("--layer", type=int, default=1, help="whose heads are drawn")
-    parser.add_argument("--device", default=None, help="default: cuda where there is one")
-    parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float16", "float32"])
+    for name, default, what in (
+        ("depths", 5, "depths at which needles lie"),
+        ("samples", 4, "needles, keys, chains per prompt"),
+        ("repeats", 3, "runs that are timed"),
+        ("layer", 1, "whose heads are drawn"),
+    ):
+        parser.add_argument(
+            f"--{name}", type=int, default=default, help=f"{what} (default: %(default)s)"
+        )
+    add_place(parser)
+
+
+def add_place(parser: argparse.ArgumentParser) -> None:
+    """Where and in what the model runs."""
+    parser.add_argument("--device", default=None, help="(default: cuda where there is one)")
+    parser.add_argument(
+        "--dtype", default="bfloat16", choices=["bfloat16", "float16", "float32"],
+        help="of the weights (default: %(default)s)",
+    )  # fmt: skip
 
 
 def run(args: argparse.Namespace) -> None:

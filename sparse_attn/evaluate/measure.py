@@ -27,7 +27,7 @@ from ..squeezed.context import Parameters
 from .caches import NewCache, context, context_cache, dense_cache, last_logits
 from .look import Look
 from .memory import peak_of
-from .points import NEEDLES_TELL_NOTHING, markdown, needles_tell, operating_points
+from .points import NEEDLES_TELL_NOTHING, behind, markdown, needles_tell, operating_points
 from .prompts import TASKS, Maker, Source, depths
 from .report import write_report
 from .specs import Spec, defaults, parse
@@ -65,6 +65,7 @@ def main(args: argparse.Namespace) -> None:
     evaluation.run(lengths)
     print(f"At {lengths[-1]:,} tokens, the fastest settings within the limits of the report:\n")
     print(markdown(operating_points(results, lengths[-1])))
+    print(behind(results, lengths[-1]))
     if not needles_tell(results["cells"][str(lengths[-1])][BASELINE]):
         print(f"\n{NEEDLES_TELL_NOTHING}")
     print(write_report(results, args.out))

@@ -78,8 +78,8 @@ def within_limits(cell: dict[str, Any], base: dict[str, Any]) -> bool:
     return bits_lost(cell, base) < MORE_BITS and needles_lost(cell, base) < FEWER_NEEDLES
 
 
-def operating_points(results: dict[str, Any], length: int) -> list[list[str]]:
-    """Of each method the setting with the fastest attention within the limits: rows of `HEAD`."""
+def fastest(results: dict[str, Any], length: int) -> dict[str, str | None]:
+    """Of each method the label with the fastest attention within the limits, None if none is."""
     cells = measured(results, length)
     base = cells[BASELINE]
     best: dict[str, str | None] = {}
@@ -92,8 +92,15 @@ def operating_points(results: dict[str, Any], length: int) -> list[list[str]]:
         faster = old is None or speed > gain(cells[old], base, "attention")
         if within_limits(cell, base) and faster:
             best[name] = label
+    return best
+
+
+def operating_points(results: dict[str, Any], length: int) -> list[list[str]]:
+    """`fastest` as rows of `HEAD`."""
+    cells = measured(results, length)
+    base = cells[BASELINE]
     rows = []
-    for name, label in best.items():
+    for name, label in fastest(results, length).items():
         if label is None:
             rows.append([f"{name}: no setting within the limits", *["–"] * (len(HEAD) - 1)])
             continue
@@ -108,6 +115,17 @@ def operating_points(results: dict[str, Any], length: int) -> list[list[str]]:
             f"{needles_lost(cell, base):.1f}" if needles_tell(base) else "–",
         ])  # fmt: skip
     return rows
+
+
+def behind(results: dict[str, Any], length: int) -> str:
+    """What the numbers of methods that work behind a prepared context are of; "" without any."""
+    for cell in measured(results, length).values():
+        if "baseline" in cell:
+            return (
+                f"squeezed: density and speed-ups are of the last {cell['tail']:,} tokens behind a "
+                f"prepared context of {cell['context']:,}, against {BASELINE} over a dense cache."
+            )
+    return ""
 
 
 HEAD = [

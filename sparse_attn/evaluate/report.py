@@ -18,6 +18,7 @@ from .points import (
     NEEDLES_TELL_NOTHING,
     bits_lost,
     density,
+    fastest,
     gain,
     mean_needles,
     measured,
@@ -55,6 +56,8 @@ code { background: #f4f4f4; padding: 0 .25em; }
 
 
 DECODE = ("decode", "decode_attention")
+MOST_LINES = 9  # settings in one picture
+SOME = f" Of more than {MOST_LINES - 1} settings the fastest of each method within the limits."
 
 
 def write_report(results: dict[str, Any], out: Path) -> str:
@@ -297,15 +300,29 @@ def tasks(results: dict[str, Any], lengths: list[int]) -> str:
     )
 
 
+def drawn(results: dict[str, Any], length: int) -> list[str]:
+    """The settings that have a line: all, or if those are too many one of each method."""
+    labels = list(measured(results, length))
+    if len(labels) <= MOST_LINES:
+        return labels
+    best = fastest(results, length)
+    chosen = {best[name] or first_of(results, name) for name in best}
+    return [label for label in labels if label == BASELINE or label in chosen]
+
+
+def first_of(results: dict[str, Any], family: str) -> str:
+    return next(k for k, v in results["methods"].items() if v["family"] == family)
+
+
 def times(results: dict[str, Any], lengths: list[int]) -> str:
-    figures = []
+    figures, shown = [], drawn(results, lengths[-1])
     for what, title in (("prefill", "a whole prefill"), ("attention", "attention in a prefill")):
         seconds: dict[str, dict[int, float]] = {}
         for length in lengths:
             for label, cell in measured(results, length).items():
-                if "baseline" not in cell:
+                if label in shown and "baseline" not in cell:
                     seconds.setdefault(label, {})[length] = cell[what]
-        caption = f"Seconds of {title}, median of the runs, all layers together."
+        caption = f"Seconds of {title}, median of the runs, all layers together.{SOME}"
         figures.append(picture(plot_time(seconds, title, BASELINE), caption))
     rows = []
     for length in lengths:
@@ -339,7 +356,9 @@ def layers(results: dict[str, Any], length: int) -> str:
     }
     if not by_layer:
         return note("No method was measured by layer.")
-    text = picture(plot_density(by_layer, length), "Share of the causal blocks computed, by layer.")
+    lines = {label: by_layer[label] for label in drawn(results, length) if label in by_layer}
+    caption = f"Share of the causal blocks computed, by layer.{SOME}"
+    text = picture(plot_density(lines, length), caption)
     rows = []
     for label, cell in cells.items():
         for i, layer in enumerate(cell["layers"] if label != "dense" else []):

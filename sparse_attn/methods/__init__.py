@@ -8,6 +8,7 @@ is true, `selector` and `select` take `block_table` and `kv_lengths` too.
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import fields
 from difflib import get_close_matches
 from importlib import import_module
 from pkgutil import iter_modules
@@ -64,10 +65,10 @@ def resolve(method: Any) -> Any:
 
 
 def _expected(method: str) -> str:
-    name, _, options = method.partition(":")
-    if options and name in METHODS:  # as on a command line
-        options = options.replace(",", ", ")
-        return f"options in a config: sparse_attn.{METHODS[name].__name__}({options})"
+    name, colon, _ = method.partition(":")
+    if colon and name in METHODS:  # as on a command line
+        known = ", ".join(f"{field.name}=..." for field in fields(METHODS[name]))
+        return f"options in a config: sparse_attn.{METHODS[name].__name__}({known})"
     return f"one of {sorted(METHODS)}{meant(name, METHODS)}"
 
 

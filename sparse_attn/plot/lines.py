@@ -105,10 +105,12 @@ def plot_pareto(
 
 
 def below(made: Any, axis: Any) -> None:
-    """The legend under the axes, where it covers nothing."""
+    """The legend under the axes, where it covers nothing; the figure grows for a long one."""
     handles, labels = axis.get_legend_handles_labels()
-    long = max(map(len, labels), default=0) > 24
+    longest = max(map(len, labels), default=0)
+    columns = 1 if longest > 48 else 2 if longest > 24 else 4
+    rows = -(-len(labels) // columns)
+    made.set_figheight(made.get_figheight() + 0.18 * max(0, rows - 3))
     made.legend(
-        handles, labels, loc="outside lower center", ncols=2 if long else 4, frameon=False,
-        fontsize=8,
-    )  # fmt: skip
+        handles, labels, loc="outside lower center", ncols=columns, frameon=False, fontsize=8
+    )

@@ -353,7 +353,7 @@ def test_a_model_with_a_tokenizer(tmp_path, no_report):
 
 
 def test_layers_that_use_no_method(tmp_path):
-    """Those with a sliding window: the others keep their numbers."""
+    """Those with a sliding window: the others keep their numbers. A context cannot have them."""
     prepare(tmp_path)
     config = transformers.Qwen2Config(
         vocab_size=256, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
@@ -361,7 +361,8 @@ def test_layers_that_use_no_method(tmp_path):
         layer_types=["sliding_attention", "full_attention"], initializer_range=0.4,
     )  # fmt: skip
     transformers.Qwen2ForCausalLM(config).save_pretrained(tmp_path / "model")
-    found = evaluate(tmp_path, "--lengths", 400, "--methods", SMALL)
+    found = evaluate(tmp_path, "--lengths", 400, "--methods", SMALL, "squeezed")
+    assert "a sliding window" in found["cells"]["400"]["squeezed"]["refused"]
     sliding, full = found["cells"]["400"][SMALL]["layers"]
     assert sliding is None and 0 < full["density"] < 1
     page = Page((tmp_path / "out" / "report.html").read_text())

@@ -1,6 +1,6 @@
 """Which settings lose next to nothing, and the table of the fastest of them."""
 
-from sparse_attn.evaluate.points import markdown, operating_points, within_limits
+from sparse_attn.evaluate.points import behind, markdown, operating_points, within_limits
 from sparse_attn.evaluate.report import series, summary
 
 
@@ -46,13 +46,18 @@ def test_the_fastest_within_the_limits():
 
 def test_a_method_with_a_baseline_of_its_own():
     """Behind a prepared context the tail is timed, which is faster than any whole prefill."""
-    tail = cell(2.0, 0.56, 0.1, 0.5) | {"baseline": {"attention": 0.2, "prefill": 2.2}}
+    sizes = {"context": 3, "tail": 6}
+    tail = cell(2.0, 0.56, 0.1, 0.5) | {"baseline": {"attention": 0.2, "prefill": 2.2}} | sizes
     cells = {"sdpa": BASE, "one:a=1": tail | {"decode_bits": 3.0125}, "one:a=2": CELLS["one:a=2"]}
     assert operating_points({"cells": {"9": cells}, "methods": METHODS}, 9)[0][0] == "one:a=2"
     del cells["one:a=2"]
     assert operating_points({"cells": {"9": cells}, "methods": METHODS}, 9) == [
         ["one:a=1", "50.0%", "2.00×", "2.00×", "10.00×, +0.0125", "0.0000", "0.0"]
     ]
+    assert "of the last 6 tokens behind a prepared context of 3" in behind(
+        {"cells": {"9": cells}, "methods": METHODS}, 9
+    )
+    assert behind(RESULTS, 4096) == ""
 
 
 def test_a_baseline_that_finds_no_needle():

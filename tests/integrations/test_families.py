@@ -33,6 +33,7 @@ SIZES = {
 }  # fmt: skip
 UNTIED = {"query_pre_attn_scalar": 5, "tie_word_embeddings": False}
 MIXED = {"sliding_window": WINDOW, "layer_types": ["sliding_attention", "full_attention"]}
+STRAIGHT = {"sliding_window": None, "layer_types": ["full_attention"] * 2}
 FAMILIES = {
     "llama": ("Llama", {"attention_bias": True}),
     "qwen2": ("Qwen2", {**MIXED, "use_sliding_window": True}),
@@ -117,6 +118,29 @@ def test_every_method_at_its_full_budget(model, ids, method):
     assert_same_logits(
         model, "full", lambda m, n: logits(m, n, ids, attention_mask=real)[real.bool()]
     )
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_squeezed_at_its_full_budget(ids, family):
+    """Threshold 0 behind a prepared context; windows are refused, which is said."""
+    squeezed = pytest.importorskip("sparse_attn.integrations.squeezed")
+    n, given = 24, {"window": 4, "clusters": 0.3, "sparsity": 0.0, "progress": False}
+    if FAMILIES[family][1].get("sliding_window"):
+        with pytest.raises(NotImplementedError, match="a sliding window: Squeezed Attention"):
+            squeezed.prepare(build(family), ids[0, :n], **given)
+    if family.startswith("gemma"):  # always has a window
+        return
+    model = build(family, **STRAIGHT)
+    ids[:, :n] = ids[0, :n]
+    context = squeezed.prepare(model, ids[0, :n], **given)
+
+    def run(m, n_or_context):
+        if n_or_context == "sdpa":
+            return logits(m, "sdpa", ids)[:, n:]
+        cache = squeezed.SqueezedCache(context, m)
+        return logits(m, squeezed.NAME, ids[:, n:], **{squeezed.cache_argument(m): cache})
+
+    assert_same_logits(model, "squeezed", run)
 
 
 @pytest.mark.parametrize("beams", [1, 3])
