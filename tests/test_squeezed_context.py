@@ -263,6 +263,36 @@ def test_zero_and_repeated_keys():
         assert out.isfinite().all()
 
 
+def test_keys_are_clustered_by_direction():
+    """Not by length, though it differs a thousandfold."""
+    direction = torch.arange(200) % 2
+    keys = F.one_hot(direction, 32).float() + 0.01 * torch.randn(200, 32)
+    keys = (keys * 10.0 ** torch.randint(-1, 3, (200, 1)))[None, None]
+    context = build([keys], [keys], [keys[:, :, -20:]], clusters=2 / 180, split_above=None)
+    layer = context.layers[0]
+    sorted_so = direction[layer.order[0, 0].long()]
+    assert layer.offsets.tolist() == [[[0, 90, 180]]]
+    assert (sorted_so[:90] == sorted_so[0]).all() and (sorted_so[90:] == 1 - sorted_so[0]).all()
+
+
+@pytest.mark.parametrize("options", [{}, {"coarse": 0.01, "coarse_sparsity": 0.5}], ids=str)
+def test_a_threshold_that_underflows_does_not_keep_everything(options):
+    """Most keys have a calibration score of 0 in float32; a threshold of 0 is for sparsity 0."""
+    keys, values, queries = tensors(n=1500)
+    queries = [q * 1e5 for q in queries]
+    context = build(keys, values, queries, sparsity=0.8, **options)
+    nothing = queries[0].new_zeros(1, 2, 0, 32)
+    for layer, query in zip(context.layers, queries, strict=True):
+        assert 0 < layer.threshold < 1e-37
+        if options:
+            assert layer.coarse_threshold > 0
+        *_, tokens = layer.attention(query, nothing, nothing)
+        assert 0 < tokens.max() < 0.25 * 1480
+    context = context.with_sparsity(0.0)
+    *_, tokens = context.layers[0].attention(queries[0], nothing, nothing)
+    assert (tokens == 1480).all() and context.threshold == 0
+
+
 @pytest.mark.parametrize("factor", [11.0, 12.0, 1000.0])
 def test_large_scores_have_a_threshold(factor):
     """The published code saves NaN from a score of 89 on and then drops the whole context."""

@@ -34,9 +34,9 @@ def context(model: Any, ids: torch.Tensor, parameters: Parameters) -> SqueezedCo
 
 
 def context_cache(model: Any, ids: torch.Tensor, parameters: Parameters) -> NewCache:
-    """A cache that begins with a prepared context of ids [1, T]."""
-    prepared = context(model, ids, parameters)
-    return lambda: SqueezedCache(prepared)
+    """A cache that begins with a prepared context of ids [1, T]; it switches the model to that."""
+    cache = SqueezedCache(context(model, ids, parameters), model)
+    return lambda: copy.deepcopy(cache)
 
 
 def last_logits(model: Any, ids: torch.Tensor, keep: int, cache: Any = None) -> torch.Tensor:

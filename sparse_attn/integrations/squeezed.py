@@ -7,9 +7,7 @@ model.generate(ids_and_question, past_key_values=cache)
 
 from __future__ import annotations
 
-import inspect
-import json
-import zlib
+import copy
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,7 +19,18 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 from .. import api
 from ..ops import _checks as check
 from ..squeezed import SqueezedContext, SqueezedLayer
+from ..squeezed.build import build_layers
 from ..squeezed.context import Parameters
+from .squeezed_model import (
+    cache_argument,
+    check_model,
+    check_served,
+    decoder,
+    fingerprint,
+    no_mask,
+    switch,
+    switched,
+)
 from .transformers import refuse
 
 NAME = "sparse_attn_squeezed"  # the attention implementation that a SqueezedCache needs
@@ -43,6 +52,32 @@ class Kept(NamedTuple):
     per_head: list[float]
 
 
+class Tail(torch.Tensor):
+    """The keys of a tail, as the model gets them: only `forward` may attend to them.
+
+    Any other attention function would attend to the tail alone, as if there were no context: each
+    of its operations raises, whatever it is called. What it may read is the shape and the like.
+    """
+
+    layer: TailLayer
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        if func in READABLE:
+            with torch._C.DisableTorchFunctionSubclass():
+                return func(*args, **(kwargs or {}))
+        raise NotImplementedError(
+            f"a SqueezedCache holds a prepared context, to which only the attention implementation "
+            f"{NAME!r} attends, but the model calls another: set it with "
+            f"model.set_attn_implementation({NAME!r}), or go on without the cache"
+        )
+
+
+READABLE = {getattr(torch.Tensor, name).__get__ for name in ("shape", "dtype", "device", "ndim")}
+
+
 class TailLayer(CacheLayerMixin):
     """One layer of a `SqueezedCache`: the window, the input and what was generated.
 
@@ -51,7 +86,8 @@ class TailLayer(CacheLayerMixin):
 
     is_sliding = False
     is_compileable = False
-    is_croppable = True
+    # assisted decoding, which asks, gives its first call the ids of the context too
+    is_croppable = False
 
     def __init__(self, layer: SqueezedLayer) -> None:
         super().__init__()
@@ -100,9 +136,9 @@ class TailLayer(CacheLayerMixin):
         self.keys[:, :, self.length : end] = key_states
         self.values[:, :, self.length : end] = value_states
         self.length = end
-        keys, values = self.keys[:, :, :end], self.values[:, :, :end]
-        keys.squeezed = self  # how the attention function, which sees no cache, finds the context
-        return keys, values
+        keys = self.keys[:, :, :end].as_subclass(Tail)
+        keys.layer = self  # how the attention function, which sees no cache, finds the context
+        return keys, self.values[:, :, :end]
 
     def record(self, tokens: torch.Tensor, n_queries: int) -> None:
         """Adds up on the device what was kept; nothing is read by the host."""
@@ -126,6 +162,12 @@ class TailLayer(CacheLayerMixin):
         return self.context.key.shape[2] + self.length
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        if query_length == 0:
+            raise ValueError(
+                f"input_ids: no token follows the {self.get_seq_length()} that the cache holds: "
+                "generate wants the ids of the context too, in front of the question "
+                "(torch.cat([context_ids, question_ids], 1)), and skips what the cache holds"
+            )
         # the whole context is the offset: before anything is appended both lengths are equal
         window = self.context.window_key.shape[2]
         return self.length - window + query_length, self.context.key.shape[2] + window
@@ -152,6 +194,13 @@ class TailLayer(CacheLayerMixin):
     def reset(self) -> None:
         self.clear()
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> TailLayer:
+        """Copies the tail; the context, which nobody writes to, is shared."""
+        new = copy.copy(self)
+        for name in ("keys", "values", "sums"):
+            setattr(new, name, copy.deepcopy(getattr(self, name), memo))
+        return new
+
     def _pick(self, index: torch.Tensor) -> None:
         if self.is_initialized:
             self.keys = self.keys.index_select(0, index.to(self.keys.device))
@@ -176,22 +225,32 @@ class SqueezedCache(Cache):
     the input, and skips them unread: `cache.check_ids(ids)` before it says whether they are the
     context's. Sequences of a batch must be equally long: padding is refused.
 
+    No other attention implementation attends to the context, and none gets so far: with another
+    one the model raises NotImplementedError. `copy.deepcopy` shares the context. Assisted decoding
+    is refused by transformers.
+
     Args:
         context: prepared by the same model, on its device.
         model: is set to the attention implementation that this cache needs, and checked:
-            `check_model`.
+            `check_model`. Of a model with several parts only what reads text is set.
 
     Raises:
         ValueError: the context does not fit the model, or another model prepared it.
+        NotImplementedError: the model is not served.
     """
 
-    def __init__(self, context: SqueezedContext, model: torch.nn.Module | None = None) -> None:
-        if model is not None:
-            check_model(context, model)
-            register()
-            model.set_attn_implementation(NAME)
+    def __init__(self, context: SqueezedContext, model: torch.nn.Module) -> None:
+        check_model(context, model)
+        register()
+        switch(model, NAME)
         self.context = context
         super().__init__(layers=[TailLayer(layer) for layer in context.layers])
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> SqueezedCache:
+        """A cache of its own behind the same context: for several questions after one prefix."""
+        new = copy.copy(self)
+        new.layers = copy.deepcopy(self.layers, memo)
+        return new
 
     def check_ids(self, ids: torch.Tensor) -> None:
         """Raises ValueError unless every row of ids [B, T] begins with the context's tokens."""
@@ -205,52 +264,6 @@ class SqueezedCache(Cache):
     def kept(self) -> list[Kept]:
         """Per layer the share of the clustered keys attended to; reads the device."""
         return [layer.kept() for layer in self.layers]
-
-
-def check_model(context: SqueezedContext, model: torch.nn.Module) -> None:
-    """Raises ValueError unless the context fits the model, and this model has prepared it.
-
-    Compared are layers, heads and sizes, then the `fingerprint` where the context holds one.
-    """
-    config, layer = model.config.get_text_config(), context.layers[0]
-    heads = config.num_attention_heads
-    wanted = {
-        "layers": (config.num_hidden_layers, len(context.layers)),
-        "KV heads": (getattr(config, "num_key_value_heads", None) or heads, layer.key.shape[1]),
-        "head_dim": (getattr(config, "head_dim", None) or config.hidden_size // heads,
-                     layer.key.shape[3]),
-    }  # fmt: skip
-    if not layer.shared:
-        wanted["query heads"] = (heads, layer.scores.shape[0])
-    for name, (model_has, context_has) in wanted.items():
-        if model_has != context_has:
-            raise ValueError(
-                f"the context has {context_has} {name}, the model {model_has}: prepare the context "
-                "with this model"
-            )
-    if context.fingerprint not in (None, fingerprint(model)):
-        raise ValueError(
-            f"the context was prepared by another model (named {context.parameters.model!r}): its "
-            "configuration or its weights differ from this one's; prepare the context with this "
-            "model"
-        )
-
-
-def fingerprint(model: torch.nn.Module) -> str:
-    """Of what keys depend on: the shape and rotation in its config, rows of its last matrix.
-
-    The same in float32 and bfloat16, on any device, and after saving and loading.
-    """
-    config = model.config.get_text_config()
-    names = ("model_type", "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads",
-             "num_key_value_heads", "rope_parameters")  # fmt: skip
-    told = json.dumps({n: getattr(config, n, None) for n in names}, sort_keys=True, default=str)
-    parts = [zlib.crc32(told.encode())]
-    matrices = [p for p in decoder(model).parameters() if p.dim() == 2 and not p.is_meta]
-    if matrices:
-        rows = matrices[-1][:256].detach().to(torch.bfloat16).cpu().contiguous()
-        parts.append(zlib.crc32(memoryview(rows.view(torch.uint8).flatten().numpy())))
-    return "-".join(f"{x:08x}" for x in parts)
 
 
 def register() -> None:
@@ -271,38 +284,73 @@ def forward(
 ) -> tuple[torch.Tensor, None]:
     """The attention function of a model whose cache is a `SqueezedCache`."""
     refuse(dropout=dropout or None, **kwargs)
-    tail: TailLayer | None = getattr(key, "squeezed", None)
-    if tail is None:
+    if not isinstance(key, Tail):
         raise NotImplementedError(
             f"attention implementation {NAME!r} serves calls with a SqueezedCache; for others call "
             "model.set_attn_implementation with another name"
         )
     if attention_mask is not None:
         raise NotImplementedError(f"attention_mask: {NAME!r} takes no 4D mask")
+    tail, length = key.layer, key.shape[2]
     layer = tail.context
     if not layer.has_scale(scaling):
         raise NotImplementedError(
             f"scaling: got {scaling}, the context was prepared with {layer.own_scale}"
         )
-    out, _, tokens = layer.attention(query, key, value)
+    out, _, tokens = layer.attention(query, tail.keys[:, :, :length], value)
     tail.record(tokens, query.shape[2])
     return out.transpose(1, 2).contiguous(), None
 
 
-def no_mask(
-    batch_size: int, q_length: int, kv_length: int, *args: Any,
-    attention_mask: torch.Tensor | None = None, local_size: int | None = None, **kwargs: Any,
-) -> None:  # fmt: skip
-    """No mask is needed: the input is causal behind the context. Refuses what would need one."""
-    if local_size is not None:
-        raise NotImplementedError("a sliding window: Squeezed Attention attends to the whole text")
-    # padding comes with the input, be it one token; a step of one token behind it is not read
-    is_input = q_length > 1 or kv_length == q_length
-    if attention_mask is not None and is_input and not bool(attention_mask.all()):
-        raise NotImplementedError(
-            "attention_mask: padding behind a prepared context is not served; give sequences of "
-            "equal length, or one at a time"
-        )
+class Calibration:
+    """The dense attention of `prepare`: keeps the last queries of each layer and their scale."""
+
+    def __init__(self, n_layers: int, window: int, scale: float | None) -> None:
+        self.window, self.scale = window, scale
+        self.queries: list[torch.Tensor | None] = [None] * n_layers
+        self.shapes: list[Any] = [None] * n_layers
+        self.scales: list[float] = []
+
+    def __call__(  # type: ignore[no-untyped-def]
+        self, module, query, key, value, attention_mask, scaling=None, dropout=0.0, is_causal=None,
+        **kwargs,
+    ):  # fmt: skip
+        refuse(dropout=dropout or None, **kwargs)
+        if not (getattr(module, "is_causal", True) if is_causal is None else is_causal):
+            raise NotImplementedError("is_causal: got False, a context serves causal attention")
+        i = module.layer_idx
+        before, last = self.queries[i], query[:, :, -self.window :]
+        last = last if before is None else torch.cat([before, last], 2)[:, :, -self.window :]
+        self.queries[i], self.shapes[i] = last.clone(), (key.shape, value.shape)
+        scale = query.shape[3] ** -0.5 if scaling is None else scaling
+        for other in [x for x in (*self.scales[:1], self.scale) if x is not None]:
+            if abs(scale - other) > 1e-6 * abs(other):
+                raise NotImplementedError(
+                    f"scale: layer {i} multiplies its scores by {scale}, "
+                    f"{'an earlier layer' if self.scales else 'the argument'} by {other}: a "
+                    "context has one scale"
+                )
+        self.scales.append(scale)
+        out = api.attention(query, key, value, "dense", scale=scaling)
+        return out.transpose(1, 2).contiguous(), None
+
+    def start(self, cache: DynamicCache) -> None:
+        """After a trial over a few tokens: checks what the layers did, and forgets it.
+
+        Raises NotImplementedError where a layer does not attend, or does not cache its keys.
+        """
+        for i, shapes in enumerate(self.shapes):
+            layer = cache.layers[i] if i < len(cache.layers) else None
+            cached = [getattr(getattr(layer, x, None), "shape", None) for x in ("keys", "values")]
+            if shapes is None or cached != list(shapes):
+                what = "does not cache the keys and values that it attends to"
+                if shapes is None:
+                    what = "calls no attention function"
+                raise NotImplementedError(
+                    f"layer {i} of the model {what}: Squeezed Attention serves models whose layers "
+                    "all attend to the whole text, through transformers' AttentionInterface"
+                )
+        self.queries = [None] * len(self.queries)
 
 
 @torch.no_grad()
@@ -317,9 +365,12 @@ def prepare(
 ) -> SqueezedContext:
     """Runs the model over a context with dense attention and clusters its keys.
 
+    Keys and values of the whole context are held, then sorted layer by layer, each layer's
+    originals let go as soon as it is done. The model's attention implementations are as before.
+
     Args:
         model: a causal language model with rotary or no positions, for example Llama.
-        ids: int64 [S] or [1, S].
+        ids: int64 [S] or [1, S]: one context.
         chunk: tokens per forward call.
         progress: show a bar.
         parameters: fields of `sparse_attn.squeezed.context.Parameters`; `model` is the name of
@@ -327,63 +378,47 @@ def prepare(
 
     Raises:
         ValueError, TypeError: an argument is not legal, said before the model runs.
-        NotImplementedError: the layers scale their scores differently, or not by `scale`.
+        NotImplementedError: the layers scale their scores differently, or not by `scale`, or the
+            model is not served, said after two tokens at the latest.
     """
     chosen = Parameters(**{"model": Path(model.config.name_or_path).name, **parameters})
     check.integer("chunk", chunk)
     if chunk < 1:
         raise ValueError(f"chunk: got {chunk}, expected 1 or more")
-    window, ids = chosen.window, ids.reshape(1, -1).to(model.device)
-    if ids.shape[1] <= window:
+    if ids.dim() not in (1, 2) or ids.dim() == 2 and ids.shape[0] != 1:
         raise ValueError(
-            f"ids: {ids.shape[1]} tokens, expected more than window, {window}: a context so short "
-            "needs no clusters"
+            f"ids: got shape {list(ids.shape)}, expected [S] or [1, S]: a context is one text, "
+            "which every sequence of a batch then shares"
         )
-    n_layers = model.config.get_text_config().num_hidden_layers
-    queries: list[torch.Tensor | None] = [None] * n_layers
-    scales: list[float] = []
-
-    def attend(module, query, key, value, attention_mask, scaling=None, dropout=0.0, **kwargs):  # type: ignore[no-untyped-def]
-        refuse(dropout=dropout or None, **kwargs)
-        before, last = queries[module.layer_idx], query[:, :, -window:]
-        last = last if before is None else torch.cat([before, last], 2)[:, :, -window:]
-        queries[module.layer_idx] = last.clone()
-        scale = query.shape[3] ** -0.5 if scaling is None else scaling
-        for other in [x for x in (*scales[:1], chosen.scale) if x is not None]:
-            if abs(scale - other) > 1e-6 * abs(other):
-                raise NotImplementedError(
-                    f"scale: layer {module.layer_idx} multiplies its scores by {scale}, "
-                    f"{'an earlier layer' if scales else 'the argument'} by {other}: a context "
-                    "has one scale"
-                )
-        scales.append(scale)
-        out = api.attention(query, key, value, "dense", scale=scaling)
-        return out.transpose(1, 2).contiguous(), None
-
-    AttentionInterface.register(PREPARE, attend)
+    ids = ids.reshape(1, -1).to(model.device)
+    if ids.shape[1] <= chosen.window:
+        raise ValueError(
+            f"ids: {ids.shape[1]} tokens, expected more than window, {chosen.window}: a context so "
+            "short needs no clusters"
+        )
+    check_served(model)
+    config = model.config.get_text_config()
+    calibration = Calibration(config.num_hidden_layers, chosen.window, chosen.scale)
+    AttentionInterface.register(PREPARE, calibration)
     AttentionMaskInterface.register(PREPARE, no_mask)
-    before, cache = model.config._attn_implementation, DynamicCache(config=model.config)
-    model.set_attn_implementation(PREPARE)
     try:
-        for part in ids.split(chunk, dim=1):
-            decoder(model)(input_ids=part, use_cache=True, **{cache_argument(model): cache})
+        with switched(model, PREPARE):
+            calibration.start(run(model, ids[:, :2], chunk))
+            cache = run(model, ids, chunk)
     finally:
-        model.set_attn_implementation(before)
         AttentionInterface.register(PREPARE, forward)  # lets go of the queries
-    dim = cache.layers[0].keys.shape[3]
-    if abs(scales[0] - dim**-0.5) > 1e-6 * dim**-0.5:
-        chosen = replace(chosen, scale=scales[0])
-    return SqueezedContext.build(
-        [x.keys for x in cache.layers], [x.values for x in cache.layers], queries,
-        tokens=ids[0].cpu(), progress=progress, fingerprint=fingerprint(model), **vars(chosen),
-    )  # fmt: skip
+    scale, usual = calibration.scales[0], cache.layers[0].keys.shape[3] ** -0.5
+    if abs(scale - usual) > 1e-6 * usual:
+        chosen = replace(chosen, scale=scale)
+    keys, values = [x.keys for x in cache.layers], [x.values for x in cache.layers]
+    del cache  # so that the lists alone hold a layer
+    layers = build_layers(keys, values, calibration.queries, chosen, progress, release=True)
+    return SqueezedContext(layers, chosen, ids[0].cpu(), fingerprint(model)).calibrated()
 
 
-def decoder(model: torch.nn.Module) -> torch.nn.Module:
-    """The model without its head, whose logits nobody needs here."""
-    return model.get_decoder() if hasattr(model, "get_decoder") else model
-
-
-def cache_argument(model: torch.nn.Module) -> str:
-    """What the model calls its cache: renamed within transformers 5."""
-    return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
+def run(model: torch.nn.Module, ids: torch.Tensor, chunk: int) -> DynamicCache:
+    """The cache of ids [1, T] after the model has read them, in chunks."""
+    cache = DynamicCache(config=model.config)
+    for part in ids.split(chunk, dim=1):
+        decoder(model)(input_ids=part, use_cache=True, **{cache_argument(model): cache})
+    return cache

@@ -25,8 +25,13 @@ def build_layers(
     queries: Sequence[torch.Tensor],
     p: Parameters,
     progress: bool,
+    release: bool = False,
 ) -> tuple[SqueezedLayer, ...]:
-    """The layers with threshold 0; `SqueezedContext.with_sparsity` sets it from the scores."""
+    """The layers with threshold 0; `SqueezedContext.calibrated` sets it from the scores.
+
+    With `release` each layer's tensors leave the lists as soon as it is built, so that the whole
+    context is not held twice.
+    """
     if not len(keys) == len(values) == len(queries) > 0:
         raise ValueError(
             f"keys, values, queries: got {len(keys)}, {len(values)} and {len(queries)} layers, "
@@ -36,9 +41,12 @@ def build_layers(
         _check_layer(i, keys[i], values[i], queries[i], p)
     steps = len(keys) * _steps(keys[0].shape[2] - p.window, p)
     with _Bar(steps, progress) as tick, torch.no_grad():
-        return tuple(
-            build_layer(*layer, p, tick) for layer in zip(keys, values, queries, strict=True)
-        )
+        layers = []
+        for i in range(len(keys)):
+            layers.append(build_layer(keys[i], values[i], queries[i], p, tick))
+            if release:
+                keys[i] = values[i] = queries[i] = None  # type: ignore[index]
+        return tuple(layers)
 
 
 def _check_layer(

@@ -34,7 +34,9 @@ def threshold_of(
     Args:
         scores: per layer [H', K], mean scores of the calibration queries.
         counts: per layer [Hkv, K], keys per cluster.
-        sparsity: 0 drops nothing.
+        sparsity: 0 drops nothing. Above it the threshold is positive, if need be the smallest
+            normal float32: most keys can have a score that underflows to 0, and a threshold of 0
+            would keep everything.
         level: "fine" or "coarse", for the error.
 
     Raises:
@@ -52,4 +54,4 @@ def threshold_of(
         n.repeat_interleave(s.shape[0] // n.shape[0], 0)
         for n, s in zip(counts, scores, strict=True)
     ]
-    return weighted_quantile(scores, weights, sparsity)
+    return max(weighted_quantile(scores, weights, sparsity), torch.finfo(torch.float32).tiny)

@@ -204,8 +204,11 @@ class SqueezedContext:
 
         chosen = Parameters(**parameters)
         layers = build_layers(keys, values, queries, chosen, progress)
-        context = cls(layers, chosen, tokens, fingerprint)
-        return context.with_sparsity(chosen.sparsity, chosen.coarse_sparsity)
+        return cls(layers, chosen, tokens, fingerprint).calibrated()
+
+    def calibrated(self) -> SqueezedContext:
+        """The same context with the thresholds that its parameters ask for."""
+        return self.with_sparsity(self.parameters.sparsity)
 
     def with_sparsity(
         self, sparsity: float, coarse_sparsity: float | None = None

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from .context import SqueezedContext
 
 FORMAT = "sparse_attn squeezed context"
-VERSION = 2
+VERSION = 3
 
 
 def _safetensors() -> Any:
