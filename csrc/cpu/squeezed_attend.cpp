@@ -1,5 +1,6 @@
 // Driver: tiles of query rows over the kept runs of the context and over their tail. Both are
 // calls of the kernels of block_sparse_attention, whose float32 partial results are joined.
+#include <numeric>
 #include <string>
 #include <tuple>
 
@@ -167,26 +168,37 @@ class Attend {
     struct Piece {
       int64_t tile, from, to;
       bool in_tail;
+      int64_t kv_head, position;  // batches counted through; of the first token
     };
     std::vector<Piece> pieces;
     std::vector<int64_t> first(n + 1), place{0};
     for (int64_t i = 0; i < n; ++i) {
       for (int part = 0; part < 2; ++part) {
-        const int64_t tokens = runs(tiles_[i], part == 1).tokens;
-        const int64_t size = (tokens + kGroupKeys - 1) / kGroupKeys;
+        const Runs list = runs(tiles_[i], part == 1);
+        const int64_t tokens = list.tokens, size = (tokens + kGroupKeys - 1) / kGroupKeys;
         const int64_t splits = (size + kPieceGroups - 1) / kPieceGroups;
         for (int64_t s = 0; s < splits; ++s) {
-          pieces.push_back({i, size * s / splits * kGroupKeys,
-                            std::min(tokens, size * (s + 1) / splits * kGroupKeys), part == 1});
+          const int64_t from = size * s / splits * kGroupKeys;
+          const int64_t to = std::min(tokens, size * (s + 1) / splits * kGroupKeys);
+          const int64_t r = std::upper_bound(list.sums, list.sums + list.n, from) - list.sums;
+          const QueryTile& t = tiles_[i].tile;
+          pieces.push_back({i, from, to, part == 1, t.batch * p_.Hkv + t.kv_head, list.starts[r]});
           place.push_back(place.back() + partial_floats(tiles_[i]));
         }
       }
       first[i + 1] = static_cast<int64_t>(pieces.size());
     }
+    // Heads of a group keep many of the same clusters: whoever comes next finds them in the cache.
+    std::vector<int64_t> order(pieces.size());
+    std::iota(order.begin(), order.end(), 0);
+    std::stable_sort(order.begin(), order.end(), [&](int64_t a, int64_t b) {
+      const auto key = [&](const Piece& s) { return std::tuple(s.kv_head, s.in_tail, s.position); };
+      return key(pieces[a]) < key(pieces[b]);
+    });
     const Buffer partials = allocate(place.back() * static_cast<int64_t>(sizeof(float)));
     deal(static_cast<int64_t>(pieces.size()), [&] { return state(); }, [&](int64_t i, State& own) {
-      const Piece& s = pieces[i];
-      attend(tiles_[s.tile], s.in_tail, s.from, s.to, own, floats(partials) + place[i]);
+      const Piece& s = pieces[order[i]];
+      attend(tiles_[s.tile], s.in_tail, s.from, s.to, own, floats(partials) + place[order[i]]);
     });
     deal(n, [&] { return std::vector<float>(p_.Dv); }, [&](int64_t i, std::vector<float>& sum) {
       std::vector<float*> parts;
