@@ -27,7 +27,6 @@ class Prepared(NamedTuple):
     queries: torch.Tensor  # [1, HEADS, LATER, DIM]
     seconds: float
     gib: float  # most memory beyond the tensors given
-    normalised: torch.Tensor  # [HEADS, n, DIM] the keys as they were clustered
 
 
 @cache
@@ -55,10 +54,7 @@ def prepared(n: int, segment: int | None = 8192, iterations: int = 10) -> Prepar
     gib = (resident("VmHWM") - before) / 2**30 if MEASURABLE else float("nan")
     queries = query[:, :, -LATER:]
     layer = context.layers[0]
-    return Prepared(
-        with_share(layer, queries[:, :, -1:], KEPT), queries, seconds, gib,
-        torch.nn.functional.normalize(key[0, :, :n].float(), dim=-1),
-    )  # fmt: skip
+    return Prepared(with_share(layer, queries[:, :, -1:], KEPT), queries, seconds, gib)
 
 
 def with_share(layer: SqueezedLayer, query: torch.Tensor, share: float) -> SqueezedLayer:

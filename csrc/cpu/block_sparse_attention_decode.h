@@ -72,6 +72,10 @@ class Decode {
 
   Decode(const Params& p, const QueryTile& tile, void* scratch)
       : p_(p), tile_(tile), to_log2_(p.scale * 1.44269504088896341f),
+        keys_(element(p.dtype, p.key, p.key_stride, tile.batch, tile.kv_head, 0)),
+        values_(element(p.dtype, p.value, p.value_stride, tile.batch, tile.kv_head, 0)),
+        key_step_(p.key_stride[2] * element_bytes(p.dtype)),
+        value_step_(p.value_stride[2] * element_bytes(p.dtype)),
         math_(p, layout(p, scratch, s_)) {
     for (int r = 0; r < kRows; ++r) {
       math_.set_query(r, element(p.dtype, p.query, p.query_stride, tile.batch, head_of(r),
@@ -129,6 +133,14 @@ class Decode {
   }
 
   void find(const KeyGroup& g, Rows& keys, Rows& values) const {
+    if (p_.block_table == nullptr) {
+      for (int k = 0; k < kGroupKeys; ++k) {
+        const int64_t t = token(g, k);
+        keys[k] = keys_ + t * key_step_;
+        values[k] = values_ + t * value_step_;
+      }
+      return;
+    }
     for (int k = 0; k < kGroupKeys; ++k) {
       const int64_t t = token(g, k);
       keys[k] = cached(p_, p_.key, p_.key_stride, tile_.batch, tile_.kv_head, t);
@@ -177,6 +189,8 @@ class Decode {
   const Params& p_;
   const QueryTile& tile_;
   const float to_log2_;
+  const char *const keys_, *const values_;  // of the head, where they are not in pages
+  const int64_t key_step_, value_step_;     // bytes from one token to the next
   DecodeScratch s_;
   Math math_;
   float max_[kRows], sum_[kRows];  // the maximum in powers of two

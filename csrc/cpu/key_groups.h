@@ -33,15 +33,17 @@ class KeyGroups {
     finish();
   }
 
-  // Runs of tokens that every row sees: run r begins at starts[r], runs 0 to r have sums[r]
-  // tokens. Whole groups where the grid allows it, the rest is gathered: no key is read for nothing.
-  void build_runs(const int32_t* starts, const int32_t* sums, int64_t n, int64_t Tk) {
+  // Tokens [from, to), counted along runs that every row sees, causality apart: run r begins at
+  // starts[r], runs 0 to r have sums[r] tokens. Whole groups where the grid allows it, the rest is
+  // gathered: no key is read for nothing.
+  void build_runs(const int32_t* starts, const int32_t* sums, int64_t n, int64_t from, int64_t to) {
     groups_.clear();
     tokens_.clear();
     open_ = 0;
-    Tk_ = Tk;
-    for (int64_t r = 0; r < n; ++r) {
-      const int64_t begin = starts[r], end = begin + sums[r] - (r > 0 ? sums[r - 1] : 0);
+    int64_t r = std::upper_bound(sums, sums + n, from) - sums;
+    for (int64_t before = r > 0 ? sums[r - 1] : 0; from < to; from = before = sums[r++]) {
+      const int64_t begin = starts[r] + from - before;
+      const int64_t end = starts[r] + std::min<int64_t>(to, sums[r]) - before;
       const int64_t first = std::min(end, round_up(begin, kGroupKeys));
       const int64_t last = std::max(first, end / kGroupKeys * kGroupKeys);
       gather_all(begin, first);

@@ -1,5 +1,6 @@
 // Driver: tiles of query rows over the kept runs of the context and over their tail. Both are
 // calls of the kernels of block_sparse_attention, whose float32 partial results are joined.
+#include <numeric>
 #include <string>
 #include <tuple>
 
@@ -15,11 +16,18 @@ using Params = SqueezedAttendParams;
 using Attention = BlockSparseAttentionParams;
 
 constexpr int64_t kPieceGroups = 64;  // groups of 32 keys that one task attends to, of few tiles
+constexpr int32_t kFirstToken = 0;
 
 struct Work {
   QueryTile tile;
   int64_t decision;  // batch * Hd + deciding head
-  int64_t tokens;    // kept in the context and, at most, seen in the tail
+  int32_t kept;      // tokens of the context
+  int32_t tail;      // tokens of the tail that the last query sees
+};
+
+struct Runs {
+  const int32_t *starts, *sums;
+  int64_t n, tokens;
 };
 
 class Attend {
@@ -60,11 +68,10 @@ class Attend {
     return a;
   }
 
-  // Dense causal attention: a sink as long as the tail.
   Attention tail(int64_t batch) const {
     Attention a = base();
     a.key = p_.tail_key, a.value = p_.tail_value, a.causal = true;
-    a.Tk = a.sink = p_.tail_lengths == nullptr ? p_.N : p_.tail_lengths[batch];
+    a.Tk = p_.tail_lengths == nullptr ? p_.N : p_.tail_lengths[batch];
     for (int i = 0; i < 3; ++i)
       a.key_stride[i] = p_.tail_key_stride[i], a.value_stride[i] = p_.tail_value_stride[i];
     return a;
@@ -76,17 +83,19 @@ class Attend {
     const int64_t heads = std::clamp<int64_t>(kMaxRows / queries, 1, sharing);
     for (int64_t b = 0; b < p_.B; ++b)
       for (int64_t d = 0; d < p_.Hd; ++d) {
-        const int64_t n = count(b * p_.Hd + d), end = (d + 1) * sharing;
-        const int64_t tokens = n == 0 ? 0 : sums(b * p_.Hd + d)[n - 1];
+        const int64_t n = count(b * p_.Hd + d), end = (d + 1) * sharing, Tk = tail_[b].Tk;
+        const int32_t kept = n == 0 ? 0 : sums(b * p_.Hd + d)[n - 1];
         for (int64_t h = d * sharing; h < end; h += heads)
           for (int64_t q = 0; q < p_.Tq; q += queries) {
             const QueryTile t{b, h / (p_.Hq / p_.Hkv), h, std::min(heads, end - h), q,
                               std::min(queries, p_.Tq - q)};
-            tiles_.push_back({t, b * p_.Hd + d, tokens + tail_[b].Tk});
+            const int64_t seen = std::clamp<int64_t>(Tk - p_.Tq + q + t.queries, 0, Tk);
+            tiles_.push_back({t, b * p_.Hd + d, kept, static_cast<int32_t>(seen)});
           }
       }
+    const auto tokens = [](const Work& w) { return int64_t{w.kept} + w.tail; };
     std::stable_sort(tiles_.begin(), tiles_.end(),
-                     [](const Work& a, const Work& b) { return a.tokens > b.tokens; });
+                     [&](const Work& a, const Work& b) { return tokens(a) > tokens(b); });
   }
 
   const int32_t* row_of(const int32_t* base, const int64_t (&stride)[2], int64_t decision) const {
@@ -96,19 +105,29 @@ class Attend {
   const int32_t* sums(int64_t d) const { return row_of(p_.sums, p_.sums_stride, d); }
   int32_t count(int64_t d) const { return *row_of(p_.counts, p_.counts_stride, d); }
 
-  void build(const Work& w, bool in_tail, KeyGroups& groups) const {
-    if (in_tail)
-      groups.build(tail_[w.tile.batch], w.tile);
-    else
-      groups.build_runs(starts(w.decision), sums(w.decision), count(w.decision), p_.Tk);
+  // Both lists of a tile: its kept runs, and the one run of the tail, which is causal besides.
+  Runs runs(const Work& w, bool in_tail) const {
+    if (in_tail) return {&kFirstToken, &w.tail, w.tail > 0, w.tail};
+    return {starts(w.decision), sums(w.decision), count(w.decision), w.kept};
   }
 
-  void attend(const Work& w, bool in_tail, const KeyGroup* groups, int64_t n, void* scratch,
+  struct State {
+    Buffer scratch;
+    KeyGroups groups;
+  };
+
+  State state() const { return {allocate(scratch_), {}}; }
+
+  // Tokens [from, to) of one list.
+  void attend(const Work& w, bool in_tail, int64_t from, int64_t to, State& own,
               float* partial) const {
+    const Runs r = runs(w, in_tail);
+    own.groups.build_runs(r.starts, r.sums, r.n, from, to);
     const Attention& a = (in_tail ? tail_ : context_)[w.tile.batch];
     const AttentionKernel* kernel =
         w.tile.rows() <= kernels_.decode_rows ? kernels_.decode : kernels_.prefill;
-    kernel->tile(a, w.tile, groups, n, nullptr, scratch, partial);
+    kernel->tile(a, w.tile, own.groups.data(), own.groups.size(), nullptr, own.scratch.get(),
+                 partial);
   }
 
   void join(const Work& w, const std::vector<float*>& parts, float* sum) const {
@@ -124,24 +143,21 @@ class Attend {
 
   // Many tiles: each by one thread.
   void run_whole() const {
-    struct State {
-      Buffer scratch, partials;
-      KeyGroups groups;
+    struct Own {
+      State state;
+      Buffer partials;
       std::vector<float> sum;
     };
     const int64_t most = kMaxRows * row_floats_;
     const auto make = [&] {
-      return State{allocate(scratch_), allocate(2 * most * static_cast<int64_t>(sizeof(float))),
-                   {}, std::vector<float>(p_.Dv)};
+      return Own{state(), allocate(2 * most * static_cast<int64_t>(sizeof(float))),
+                 std::vector<float>(p_.Dv)};
     };
-    deal(static_cast<int64_t>(tiles_.size()), make, [&](int64_t i, State& state) {
-      const std::vector<float*> parts{floats(state.partials), floats(state.partials) + most};
-      for (int part = 0; part < 2; ++part) {
-        build(tiles_[i], part == 1, state.groups);
-        attend(tiles_[i], part == 1, state.groups.data(), state.groups.size(),
-               state.scratch.get(), parts[part]);
-      }
-      join(tiles_[i], parts, state.sum.data());
+    deal(static_cast<int64_t>(tiles_.size()), make, [&](int64_t i, Own& own) {
+      const std::vector<float*> parts{floats(own.partials), floats(own.partials) + most};
+      for (int part = 0; part < 2; ++part)
+        attend(tiles_[i], part == 1, 0, runs(tiles_[i], part == 1).tokens, own.state, parts[part]);
+      join(tiles_[i], parts, own.sum.data());
     });
   }
 
@@ -150,32 +166,40 @@ class Attend {
   void run_split() const {
     const auto n = static_cast<int64_t>(tiles_.size());
     struct Piece {
-      int64_t tile, begin, end;
+      int64_t tile, from, to;
       bool in_tail;
+      int64_t kv_head, position;  // batches counted through; of the first token
     };
-    std::vector<KeyGroups> groups(2 * n);
-    deal(2 * n, [] { return 0; },
-         [&](int64_t i, int) { build(tiles_[i / 2], i % 2 == 1, groups[i]); });
     std::vector<Piece> pieces;
     std::vector<int64_t> first(n + 1), place{0};
     for (int64_t i = 0; i < n; ++i) {
       for (int part = 0; part < 2; ++part) {
-        const int64_t size = groups[2 * i + part].size();
+        const Runs list = runs(tiles_[i], part == 1);
+        const int64_t tokens = list.tokens, size = (tokens + kGroupKeys - 1) / kGroupKeys;
         const int64_t splits = (size + kPieceGroups - 1) / kPieceGroups;
         for (int64_t s = 0; s < splits; ++s) {
-          pieces.push_back({i, size * s / splits, size * (s + 1) / splits, part == 1});
+          const int64_t from = size * s / splits * kGroupKeys;
+          const int64_t to = std::min(tokens, size * (s + 1) / splits * kGroupKeys);
+          const int64_t r = std::upper_bound(list.sums, list.sums + list.n, from) - list.sums;
+          const QueryTile& t = tiles_[i].tile;
+          pieces.push_back({i, from, to, part == 1, t.batch * p_.Hkv + t.kv_head, list.starts[r]});
           place.push_back(place.back() + partial_floats(tiles_[i]));
         }
       }
       first[i + 1] = static_cast<int64_t>(pieces.size());
     }
+    // Heads of a group keep many of the same clusters: whoever comes next finds them in the cache.
+    std::vector<int64_t> order(pieces.size());
+    std::iota(order.begin(), order.end(), 0);
+    std::stable_sort(order.begin(), order.end(), [&](int64_t a, int64_t b) {
+      const auto key = [&](const Piece& s) { return std::tuple(s.kv_head, s.in_tail, s.position); };
+      return key(pieces[a]) < key(pieces[b]);
+    });
     const Buffer partials = allocate(place.back() * static_cast<int64_t>(sizeof(float)));
-    deal(static_cast<int64_t>(pieces.size()), [&] { return allocate(scratch_); },
-         [&](int64_t i, const Buffer& scratch) {
-           const Piece& s = pieces[i];
-           attend(tiles_[s.tile], s.in_tail, groups[2 * s.tile + s.in_tail].data() + s.begin,
-                  s.end - s.begin, scratch.get(), floats(partials) + place[i]);
-         });
+    deal(static_cast<int64_t>(pieces.size()), [&] { return state(); }, [&](int64_t i, State& own) {
+      const Piece& s = pieces[order[i]];
+      attend(tiles_[s.tile], s.in_tail, s.from, s.to, own, floats(partials) + place[order[i]]);
+    });
     deal(n, [&] { return std::vector<float>(p_.Dv); }, [&](int64_t i, std::vector<float>& sum) {
       std::vector<float*> parts;
       for (int64_t s = first[i]; s < first[i + 1]; ++s) parts.push_back(floats(partials) + place[s]);

@@ -30,7 +30,8 @@ const LookupKernel& choose_kernel(const Params& p) {
   return kLookupPortable;
 }
 
-// Decides for every head which clusters of one level are kept.
+// Decides for every head which clusters of one level are kept, and hands each decision on:
+// done(decision, kept [K]).
 class Level {
  public:
   // `alive` [B, Hd, K] or null: clusters that take part
@@ -39,15 +40,23 @@ class Level {
         padded_(round_up(level.K, 32)), decisions_(p.B * p.Hd), group_(p.Hq / p.Hkv),
         rows_(p.Tq * (p.Hq / p.Hd)) {}
 
-  std::vector<uint8_t> keep() const {
-    std::vector<uint8_t> kept(decisions_ * K_);
-    rows_ == 1 ? keep_by_one_row(kept) : keep_by_mean(kept);
-    return kept;
+  template <class Done>
+  void decide(Done done) const {
+    rows_ == 1 ? decide_by_one_row(done) : decide_by_mean(done);
   }
 
  private:
   struct State {
     Buffer scratch, floats;  // floats: [kernel rows][padded_], then weights [padded_]
+  };
+
+  struct Verdict {
+    explicit Verdict(int64_t n) : weights_(n), kept_(n), weights(weights_.data()),
+                                  kept(kept_.data()) {}
+    std::vector<float> weights_;
+    std::vector<uint8_t> kept_;
+    float* weights;
+    uint8_t* kept;
   };
 
   State state() const {
@@ -95,8 +104,10 @@ class Level {
 
   // One row per head: s > t in the log domain, without a second pass. Query heads of a KV head
   // are scored together.
-  void keep_by_one_row(std::vector<uint8_t>& kept) const {
-    const int64_t pieces = (K_ + kPiece - 1) / kPiece, blocks = (group_ + kernel_.rows - 1) / kernel_.rows;
+  template <class Done>
+  void decide_by_one_row(Done done) const {
+    const int64_t pieces = (K_ + kPiece - 1) / kPiece;
+    const int64_t blocks = (group_ + kernel_.rows - 1) / kernel_.rows;
     const Buffer logits = allocate(p_.B * p_.Hq * padded_ * static_cast<int64_t>(sizeof(float)));
     deal(p_.B * p_.Hkv * blocks * pieces,
          [&] { return std::pair{allocate(kernel_.scratch_bytes(p_)), std::vector<uint8_t>()}; },
@@ -115,21 +126,22 @@ class Level {
            }
            kernel_.score(p_, t, state.first.get(), to);
          });
-    deal(decisions_, [&] { return std::vector<float>(padded_); },
-         [&](int64_t d, std::vector<float>& buffer) {
+    deal(decisions_, [&] { return Verdict(padded_); }, [&](int64_t d, Verdict& v) {
            float* x = floats(logits) + d * padded_;
-           const float* w = weights(d, buffer.data());
+           const float* w = weights(d, v.weights);
            const float total = kernel_.log_sum(x, w, K_), t = *level_.threshold;
            const bool all = !std::isfinite(total) || !(t > 0);
            const float least = all ? 0 : std::log(t) + total;
-           uint8_t* to = kept.data() + d * K_;
-           for (int64_t j = 0; j < K_; ++j) to[j] = w[j] != -kInfinity && (all || x[j] > least);
+           for (int64_t j = 0; j < K_; ++j)
+             v.kept[j] = (w[j] != -kInfinity) & (all | (x[j] > least));
+           done(d, v.kept);
          });
   }
 
   // Several rows per head: the mean of their shares. Rows are cut by the shapes alone, so that
   // the number of threads never changes a bit.
-  void keep_by_mean(std::vector<uint8_t>& kept) const {
+  template <class Done>
+  void decide_by_mean(Done done) const {
     const int64_t least = std::max(kChunkRows, (rows_ + kChunks - 1) / kChunks);
     const int64_t step = round_up(least, kLookupRowsMax), chunks = (rows_ + step - 1) / step;
     const Buffer totals =
@@ -143,16 +155,15 @@ class Level {
            add_rows(d, begin, std::min(rows_, begin + step), own.first,
                     needed(d, 1, own.second), total);
          });
-    deal(decisions_, [&] { return std::vector<float>(padded_); },
-         [&](int64_t d, std::vector<float>& buffer) {
+    deal(decisions_, [&] { return Verdict(padded_); }, [&](int64_t d, Verdict& v) {
            float* sum = floats(totals) + d * chunks * padded_;
            for (int64_t c = 1; c < chunks; ++c)
              for (int64_t j = 0; j < K_; ++j) sum[j] += sum[c * padded_ + j];
-           const float* w = weights(d, buffer.data());
+           const float* w = weights(d, v.weights);
            const float t = *level_.threshold, n = static_cast<float>(rows_);
-           uint8_t* to = kept.data() + d * K_;
            for (int64_t j = 0; j < K_; ++j)
-             to[j] = w[j] != -kInfinity && (!(sum[j] / n <= t) || t <= 0);
+             v.kept[j] = (w[j] != -kInfinity) & (!(sum[j] / n <= t) | (t <= 0));
+           done(d, v.kept);
          });
   }
 
@@ -199,43 +210,47 @@ void check_children(const Params& p, int64_t contexts) {
   }
 }
 
-// Clusters whose parent was kept.
-std::vector<uint8_t> children_of(const Params& p, const std::vector<uint8_t>& parents) {
-  std::vector<uint8_t> alive(p.B * p.Hd * p.fine.K);
-  for (int64_t d = 0; d < p.B * p.Hd; ++d) {
-    const int32_t* at = p.coarse.offsets + d / p.Hd * p.coarse.offsets_stride[0] +
-                        d % p.Hd * p.Hkv / p.Hd * p.coarse.offsets_stride[1];
-    for (int64_t i = 0; i < p.coarse.K; ++i)
-      if (parents[d * p.coarse.K + i])
-        std::fill(alive.begin() + d * p.fine.K + at[i], alive.begin() + d * p.fine.K + at[i + 1], 1);
-  }
-  return alive;
+// Marks the clusters of a decision whose parents were kept.
+void mark_children(const Params& p, int64_t d, const uint8_t* parents, uint8_t* alive) {
+  const int32_t* at = p.coarse.offsets + d / p.Hd * p.coarse.offsets_stride[0] +
+                      d % p.Hd * p.Hkv / p.Hd * p.coarse.offsets_stride[1];
+  for (int64_t i = 0; i < p.coarse.K; ++i)
+    if (parents[i]) std::fill(alive + at[i], alive + at[i + 1], 1);
 }
 
-// Kept clusters as runs of tokens; those that touch are one.
-void write_runs(const Params& p, const std::vector<uint8_t>& kept) {
+// Kept clusters of a decision as runs of tokens; those that touch are one. False if offsets do
+// not ascend from 0.
+bool write_runs(const Params& p, int64_t d, const uint8_t* kept) {
+  const int32_t* at = p.fine.offsets + d / p.Hd * p.fine.offsets_stride[0] +
+                      d % p.Hd * p.Hkv / p.Hd * p.fine.offsets_stride[1];
+  int32_t *starts = p.starts + d * p.runs, *sums = p.sums + d * p.runs;
+  int32_t count = 0, tokens = 0, end = -1;
+  bool ascending = at[0] == 0;
+  for (int64_t j = 0; j < p.fine.K; ++j) ascending &= at[j] <= at[j + 1];
+  for (int64_t j = 0; ascending && j < p.fine.K; ++j) {
+    if (!kept[j] || at[j] == at[j + 1]) continue;
+    if (at[j] != end) starts[count++] = at[j];
+    end = at[j + 1];
+    tokens += end - at[j];
+    sums[count - 1] = tokens;
+  }
+  std::fill(starts + count, starts + p.runs, 0);
+  std::fill(sums + count, sums + p.runs, 0);
+  p.counts[d] = count;
+  p.tokens[d] = tokens;
+  return ascending;
+}
+
+// A decoding step and the input of a prompt alike: one or two levels, then the runs.
+void look_up(const Params& p, bool two) {
+  std::vector<uint8_t> alive(two ? p.B * p.Hd * p.fine.K : 0);
+  if (two)
+    Level(p, p.coarse, nullptr).decide([&](int64_t d, const uint8_t* parents) {
+      mark_children(p, d, parents, alive.data() + d * p.fine.K);
+    });
   std::atomic<bool> legal{true};
-  deal(p.B * p.Hd, [] { return 0; }, [&](int64_t d, int) {
-    const int32_t* at = p.fine.offsets + d / p.Hd * p.fine.offsets_stride[0] +
-                        d % p.Hd * p.Hkv / p.Hd * p.fine.offsets_stride[1];
-    const uint8_t* keep = kept.data() + d * p.fine.K;
-    int32_t *starts = p.starts + d * p.runs, *sums = p.sums + d * p.runs;
-    int32_t count = 0, tokens = 0, end = -1;
-    bool ascending = at[0] == 0;
-    for (int64_t j = 0; j < p.fine.K; ++j) {
-      if (at[j] > at[j + 1]) ascending = false;
-      if (!ascending) break;
-      if (!keep[j] || at[j] == at[j + 1]) continue;
-      if (at[j] != end) starts[count++] = at[j];
-      end = at[j + 1];
-      tokens += end - at[j];
-      sums[count - 1] = tokens;
-    }
-    if (!ascending) legal = false;
-    std::fill(starts + count, starts + p.runs, 0);
-    std::fill(sums + count, sums + p.runs, 0);
-    p.counts[d] = count;
-    p.tokens[d] = tokens;
+  Level(p, p.fine, two ? &alive : nullptr).decide([&](int64_t d, const uint8_t* kept) {
+    if (!write_runs(p, d, kept)) legal = false;
   });
   SA_CHECK(legal, "offsets: rows must ascend from 0");
 }
@@ -268,12 +283,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> squeezed_lookup(
   Tensor counts = make({p.B, p.Hd}), tokens = make({p.B, p.Hd});
   p.starts = starts.mutable_data_ptr<int32_t>(), p.sums = sums.mutable_data_ptr<int32_t>();
   p.counts = counts.mutable_data_ptr<int32_t>(), p.tokens = tokens.mutable_data_ptr<int32_t>();
-  if (two) {
-    const std::vector<uint8_t> alive = children_of(p, Level(p, p.coarse, nullptr).keep());
-    write_runs(p, Level(p, p.fine, &alive).keep());
-  } else {
-    write_runs(p, Level(p, p.fine, nullptr).keep());
-  }
+  look_up(p, two);
   return {starts, sums, counts, tokens};
 }
 

@@ -6,17 +6,20 @@
 namespace sparse_attn {
 namespace {
 
+template <int kRows>
+using Math = Bf16Math<kRows, /*kFetch=*/false>;
+
 void score(const SqueezedLookupParams& p, const ScoreTask& t, void* scratch,
            float* const* logits) {
   switch (t.n_rows) {
-    case 1: return score_with<Bf16Math<1>>(p, t, scratch, logits);
-    case 2: return score_with<Bf16Math<2>>(p, t, scratch, logits);
-    case 3: return score_with<Bf16Math<3>>(p, t, scratch, logits);
-    case 4: return score_with<Bf16Math<4>>(p, t, scratch, logits);
-    case 5: return score_with<Bf16Math<5>>(p, t, scratch, logits);
-    case 6: return score_with<Bf16Math<6>>(p, t, scratch, logits);
-    case 7: return score_with<Bf16Math<7>>(p, t, scratch, logits);
-    default: return score_with<Bf16Math<8>>(p, t, scratch, logits);
+    case 1: return score_with<Math<1>>(p, t, scratch, logits);
+    case 2: return score_with<Math<2>>(p, t, scratch, logits);
+    case 3: return score_with<Math<3>>(p, t, scratch, logits);
+    case 4: return score_with<Math<4>>(p, t, scratch, logits);
+    case 5: return score_with<Math<5>>(p, t, scratch, logits);
+    case 6: return score_with<Math<6>>(p, t, scratch, logits);
+    case 7: return score_with<Math<7>>(p, t, scratch, logits);
+    default: return score_with<Math<8>>(p, t, scratch, logits);
   }
 }
 

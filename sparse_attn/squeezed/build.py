@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from ..ops import _checks as check
 from ..reference.squeezed_lookup import cluster_scores
 from .kmeans import kmeans, segmented, split_giants, sums_by_label
+from .pages import in_large_pages
 
 GROUP = 4  # clusters, or groups of them, on average, that stand together
 ORDER_ROUNDS = 5  # of the K-means that finds them
@@ -117,10 +118,9 @@ def build_layer(
         coarse["coarse_threshold"] = torch.zeros((), device=key.device)
     names = ("coarse_centroids", "coarse_log_counts", "children", "coarse_threshold",
              "coarse_scores")  # fmt: skip
-    at = order[None, ..., None]
     return SqueezedLayer(
-        key=key[:, :, :n].gather(2, at.expand(-1, -1, -1, key.shape[3])),
-        value=value[:, :, :n].gather(2, at.expand(-1, -1, -1, value.shape[3])),
+        key=_sorted(key, order),
+        value=_sorted(value, order),
         order=order.int()[None],
         window_key=key[:, :, n:].clone(),
         window_value=value[:, :, n:].clone(),
@@ -133,6 +133,12 @@ def build_layer(
         scale=p.scale,
         **{name: coarse.get(name) for name in names},
     )
+
+
+def _sorted(x: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
+    """Tokens `order` [H, N] of x [1, H, S, D]."""
+    at = order[None, ..., None].expand(-1, -1, -1, x.shape[3])
+    return torch.gather(x, 2, at, out=in_large_pages(at.shape, x.dtype, x.device))
 
 
 def _similar_together(means: torch.Tensor, generator: torch.Generator) -> torch.Tensor:

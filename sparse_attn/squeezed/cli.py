@@ -8,35 +8,58 @@ from pathlib import Path
 from typing import Any
 
 MODEL = Path(__file__).parents[2] / "demo" / "model"
+NEXT = 64  # tokens of the text itself that follow the prepared part, without a question
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     commands = parser.add_subparsers(dest="squeeze", required=True)
     build = commands.add_parser("build", help="cluster a text for a model and write a file")
     build.add_argument("file", type=Path, help="the file to write")
-    _shared(build)
-    build.add_argument("--length", type=int, default=8192, help="tokens of the text to take")
-    build.add_argument("--window", type=int, default=100)
-    build.add_argument("--clusters", type=float, default=0.05, help="per key")
-    build.add_argument("--coarse", type=float, help="per key; two levels")
-    build.add_argument("--sparsity", type=float, default=0.9, help="share of the keys to drop")
-    build.add_argument("--shared", action="store_true", help="one choice per KV head")
-    build.add_argument("--segment", type=int, help="cluster so many tokens at a time")
-    build.add_argument("--iterations", type=int, default=20, help="of K-means")
+    _model(build)
+    build.add_argument("--text", type=Path, help="a text file (default: Python's own sources)")
+    for name, kind, default, what in (
+        ("length", int, 8192, "tokens of the text to take, from its beginning"),
+        ("window", int, 100, "last tokens, which are never clustered and always attended to"),
+        ("clusters", float, 0.05, "clusters per token, above 0 to 1"),
+        ("coarse", float, None, "clusters of clusters per token, for a lookup in two levels "
+         "(such as 0.01; default: one level)"),
+        ("sparsity", float, 0.9, "share of the tokens to drop, 0 to below 1"),
+        ("segment", int, None, "cluster about so many tokens at a time, faster for a long text "
+         "(such as 8192; default: all at once)"),
+        ("iterations", int, 20, "rounds of K-means, at most"),
+    ):  # fmt: skip
+        shown = what if default is None else f"{what} (default: {default})"
+        build.add_argument(f"--{name}", type=kind, default=default, help=shown)
+    build.add_argument(
+        "--shared", action="store_true",
+        help="one choice of clusters per KV head (default: one per query head)",
+    )  # fmt: skip
     info = commands.add_parser("info", help="what a file holds")
-    info.add_argument("file", type=Path)
+    info.add_argument("file", type=Path, help="a file of `squeeze build`")
     run = commands.add_parser("run", help="generate behind a prepared text")
-    run.add_argument("file", type=Path)
-    _shared(run)
-    run.add_argument("--ask", help="what follows the text (default: its own next bytes)")
-    run.add_argument("--tokens", type=int, default=48, help="to generate")
-    run.add_argument("--sparsity", type=float, help="another than the file was built with")
-    run.add_argument("--figure", type=Path, help="a picture of the keys kept per layer and head")
+    run.add_argument("file", type=Path, help="a file of `squeeze build`")
+    _model(run)
+    run.add_argument(
+        "--ask", metavar="QUESTION",
+        help=f"what follows the text (default: the next {NEXT} tokens of the text itself)",
+    )  # fmt: skip
+    run.add_argument(
+        "--text", type=Path,
+        help="without --ask: the text file that was built from (default: Python's own sources)",
+    )  # fmt: skip
+    run.add_argument("--tokens", type=int, default=48, help="how many to generate (default: 48)")
+    run.add_argument(
+        "--sparsity", type=float,
+        help="share of the tokens to drop, 0 to below 1 (default: the file's)",
+    )  # fmt: skip
+    run.add_argument(
+        "--figure", type=Path, help="a picture to write, of the keys kept per layer and head"
+    )
 
 
-def _shared(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--model", type=Path, default=MODEL, help="folder of a Llama-like model")
-    parser.add_argument("--text", type=Path, help="a text file (default: Python's own sources)")
+def _model(parser: argparse.ArgumentParser) -> None:
+    what = "folder of a Llama-like model (default: the demonstration model)"
+    parser.add_argument("--model", type=Path, default=MODEL, help=what)
 
 
 def run(args: argparse.Namespace) -> None:
@@ -59,6 +82,11 @@ def _load_model(folder: Path) -> tuple[Any, Any]:
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).eval()
     has_tokenizer = any(folder.glob("tokenizer*"))
     return model, AutoTokenizer.from_pretrained(folder) if has_tokenizer else None
+
+
+def _positive(name: str, value: int) -> None:
+    if value < 1:
+        raise SystemExit(f"{name}: got {value}, expected 1 or more")
 
 
 def _writable(name: str, file: Path) -> None:
@@ -84,6 +112,7 @@ def build(args: argparse.Namespace) -> None:
     names = ("window", "clusters", "coarse", "sparsity", "shared", "segment", "iterations")
     options = {name: getattr(args, name) for name in names}
     Parameters(**options)
+    _positive("--length", args.length)
     _writable("file", args.file)
     model, tokenizer = _load_model(args.model)
     ids = _encode(tokenizer, corpus(args.text))[: args.length]
@@ -110,6 +139,7 @@ def info(args: argparse.Namespace) -> None:
 def ask(args: argparse.Namespace) -> None:
     import torch
 
+    _positive("--tokens", args.tokens)
     if args.figure is not None:  # what is missing is said before the work, not after it
         import matplotlib.figure  # noqa: F401
 
@@ -127,11 +157,19 @@ def ask(args: argparse.Namespace) -> None:
     if context.tokens is None:
         raise SystemExit(f"{args.file} holds no tokens: it was not written by `squeeze build`")
     if args.ask is None:
-        more = _encode(tokenizer, corpus(args.text))[context.length :][:64]
+        text = _encode(tokenizer, corpus(args.text))[: context.length + NEXT]
+        more = text[context.length :]
+        if text[: context.length] != context.tokens.tolist():
+            raise SystemExit(
+                f"--text: {args.text or 'the default text'} does not begin as the one that "
+                f"{args.file} was built from; give that one, or a question with --ask"
+            )
+        if not more:
+            raise SystemExit("--text: nothing follows the prepared part; give --ask")
     else:
         more = _encode(tokenizer, args.ask.encode())
-    if not more:
-        raise SystemExit("--text: nothing follows the prepared part; give --ask")
+        if not more:
+            raise SystemExit("--ask: got an empty question, expected a text")
     ids = torch.cat([context.tokens, torch.tensor(more)])[None]
     cache, seconds = SqueezedCache(context, model), {}
     cache.check_ids(ids)

@@ -16,6 +16,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from .pages import moved
+
 if TYPE_CHECKING:
     from .context import SqueezedContext
 
@@ -150,6 +152,8 @@ def _assemble(
     layers = []
     for i in range(header["layers"]):
         found = {name: tensors.get(f"layers.{i}.{name}") for name in TENSORS}
+        for name in ("key", "value"):
+            found[name] = moved(tensors.pop(f"layers.{i}.{name}"))
         coarse = header["coarse_threshold"]
         layer = SqueezedLayer(
             **found,
