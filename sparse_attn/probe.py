@@ -17,9 +17,10 @@ BASELINE = "sdpa"
 
 
 class Probe:
-    """An attention function that times itself and, when asked, records densities and inputs.
+    """An attention function that, when asked, records densities and inputs.
 
-    `config` is the method, `layers` the methods of single layers; None for the baseline.
+    `config` is the method, `layers` the methods of single layers; None for the baseline. `seconds`
+    is the time of all attention of the model, sliding windows included, once it is registered.
     """
 
     def __init__(
@@ -39,9 +40,7 @@ class Probe:
         if query.shape[2] == 1 and not getattr(config, "takes_cache", False):
             config = Dense()  # it chooses for prompts; `register` decodes densely too
         options = {"fallback": self.may_fall_back, "return_stats": self.record, **kwargs}
-        start = clock(query)
         result = api.attention(query, key, value, config, **options)
-        self.seconds += clock(query) - start
         if not self.record:
             return result
         out, stats = result
@@ -65,8 +64,7 @@ def register_probe(probe: Probe, name: str) -> None:
     """
     if probe.config is not None:
         register_function(probe, name, max(probe.layers, default=-1))
-        return
-    register_timed(probe, name, BASELINE)
+    register_timed(probe, name, BASELINE if probe.config is None else name)
 
 
 def register_timed(probe: Probe, name: str, implementation: str) -> None:

@@ -29,6 +29,7 @@ SEARCHED: dict[str, tuple[str, tuple[Any, ...]]] = {
     ),
     "sale": ("threshold", (0.1, 0.03, 0.016, 0.008, 0.004, 0.002, 0.001, 0.0003)),
 }
+DENSE = {("sale", "threshold"): 0.0}  # what makes a single head dense
 MASSES = (0.8, 0.85, 0.9, 0.93, 0.95, 0.97, 0.98, 0.99, 0.995, 0.998)  # tried for a loss
 
 
@@ -65,11 +66,12 @@ class Trials:
         return api.attention(query, key, value, Dense(), causal=causal, scale=scale)
 
 
-def cheapest(trials: list[Trial], target: float, heads: bool) -> Any:
+def cheapest(trials: list[Trial], target: float, heads: bool, everything: Any = None) -> Any:
     """The value that computes least among those that keep `target` of the mass; None if none does.
 
     For the mean over the heads of a layer, or a tuple with a value for each head; there a head that
-    no value satisfies gets the one that keeps most.
+    no value satisfies gets `everything`, the value that computes all, or without one the layer has
+    None.
     """
     if not heads:
         enough = [t for t in trials if statistics.mean(t.kept) >= target]
@@ -78,18 +80,16 @@ def cheapest(trials: list[Trial], target: float, heads: bool) -> Any:
     found = []
     for h in range(len(trials[0].kept)):
         enough = [t for t in trials if t.kept[h] >= target]
-        best = min(enough, key=lambda t: t.pairs[h]) if enough else max(
-            trials, key=lambda t: t.kept[h]
-        )  # fmt: skip
-        found.append(best.value)
-    return tuple(found)
+        best = min(enough, key=lambda t: t.pairs[h], default=None)
+        found.append(everything if best is None else best.value)
+    return None if None in found else tuple(found)
 
 
 def assemble(trials: Trials, target: float, heads: bool = False) -> Settings:
     """The methods of all layers for a share of the mass; layers that cannot keep it are dense."""
     layers: dict[int, Any] = {}
     for layer, tried in trials.layers.items():
-        value = cheapest(tried, target, heads)
+        value = cheapest(tried, target, heads, DENSE.get((trials.config.name, trials.field)))
         layers[layer] = (
             Dense()
             if value is None
@@ -108,11 +108,12 @@ def report(trials: Trials, found: Settings) -> dict[str, Any]:
             continue
         n_heads = len(tried[0].kept)
         by_value = {t.value: t for t in tried}
+        all_of_it = Trial(None, [1.0] * n_heads, [1.0] * n_heads)
         values = (chosen,) * n_heads if chosen in by_value else chosen  # else one for each head
         by_layer[str(layer)] = {
             what: round(
                 statistics.mean(
-                    getattr(by_value[v], what)[h] for h, v in enumerate(values)
+                    getattr(by_value.get(v, all_of_it), what)[h] for h, v in enumerate(values)
                 ), 5,
             )
             for what in ("kept", "pairs")
@@ -125,6 +126,10 @@ def main(args: argparse.Namespace) -> None:
         raise SystemExit(f"--mass: got {args.mass}, expected a number above 0, 1 at most")
     if args.loss is not None and not args.loss > 0:
         raise SystemExit(f"--loss: got {args.loss}, expected a number above 0")
+    if args.length < 2:
+        raise SystemExit(f"--length: got {args.length}, expected 2 or more")
+    if args.out.is_dir() or not args.out.absolute().parent.is_dir():
+        raise SystemExit(f"--out: got {args.out}, expected a file in a folder that exists")
     config, field, values = options(args)
     model, source = load(args, read_text(args))
     try:

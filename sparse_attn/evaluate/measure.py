@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import math
 import platform
@@ -45,9 +46,11 @@ def main(args: argparse.Namespace) -> None:
         raise SystemExit(f"--methods: {error}") from error
     lengths = sorted(set(args.lengths))
     text = read_text(args)
-    results = open_results(args, specs)
     model, source = load(args, text)
+    results = open_results(args, specs, text, model)
     n_layers = model.config.get_text_config().num_hidden_layers
+    if args.layer >= n_layers:
+        raise SystemExit(f"--layer: got {args.layer}, the model has the layers 0 to {n_layers - 1}")
     for spec in specs:
         last = max(spec.settings.layers, default=-1)
         if last >= n_layers:
@@ -89,12 +92,16 @@ def described(spec: Spec) -> dict[str, Any]:
     }
 
 
-def open_results(args: argparse.Namespace, specs: list[Spec]) -> dict[str, Any]:
+def open_results(
+    args: argparse.Namespace, specs: list[Spec], text: str, model: Any
+) -> dict[str, Any]:
     """The results in the folder, if they are of the same model, text, tasks, machine and settings
     of the methods, or new ones.
     """
+    content = hashlib.sha256(text.encode()).hexdigest()[:16]
     settings = {
-        "model": str(args.model), "text": str(args.text or "Python's standard library"),
+        "model": str(args.model), "weights": checksum(model),
+        "text": f"{args.text or 'Python standard library'} (sha256 {content})",
         "samples": args.samples, "depths": args.depths, "dtype": args.dtype,
         "device": device_of(args), "version": __version__,
         "machine": machine(torch.device(device_of(args))),
@@ -115,6 +122,19 @@ def open_results(args: argparse.Namespace, specs: list[Spec]) -> dict[str, Any]:
             f"--out: {path} holds results with another {', '.join(other)}; give another folder"
         )
     return found
+
+
+def checksum(model: Any) -> str:
+    """Of a model's config and weights: of every tensor the sum of its bits as whole numbers, and
+    64 of its values.
+    """
+    known = hashlib.sha256(repr(sorted(model.config.to_diff_dict().items())).encode())
+    kinds = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+    for name, tensor in model.state_dict().items():
+        bits = tensor.detach().contiguous().flatten().view(kinds[tensor.element_size()])
+        some = bits[:: max(1, len(bits) // 64)].tolist()
+        known.update(f"{name} {tensor.shape} {bits.sum().item()} {some}".encode())
+    return known.hexdigest()[:16]
 
 
 def read_text(args: argparse.Namespace) -> str:
@@ -350,6 +370,8 @@ class Evaluation:
             cell.update(found.get(label, {"prefill": None, "attention": None}))
             if label in runs and runs[label].new_cache:
                 cell["baseline"] = found[TAIL]
+            base = {what: found[BASELINE][what] for what in ("prefill", "attention")}
+            cell.setdefault("same_run", {}).update(base)  # a later run times sdpa anew
 
     def peak(self, length: int, run: Run) -> int | None:
         """The peak memory of a run, after one that warms up."""
@@ -401,3 +423,5 @@ class Evaluation:
             both = [statistics.median(x) for x in zip(*taken.get(label, []), strict=True)]
             cell = self.cell(length, label)
             cell["decode"], cell["decode_attention"] = both or (None, None)
+            base = self.cell(length, BASELINE)["decode"]
+            cell.setdefault("same_run", {})["decode"] = base

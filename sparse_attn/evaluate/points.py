@@ -16,6 +16,13 @@ def measured(results: dict[str, Any], length: int) -> dict[str, dict[str, Any]]:
     return {k: v for k, v in cells.items() if v.get("prefill") and v.get("bits") is not None}
 
 
+def complete(results: dict[str, Any]) -> list[int]:
+    """The lengths at which the baseline was measured, from the shortest; a run that was stopped
+    leaves others.
+    """
+    return sorted(n for n in map(int, results["cells"]) if BASELINE in measured(results, n))
+
+
 def mean_needles(cell: dict[str, Any]) -> float:
     return statistics.mean(cell["needles"].values())
 
@@ -47,9 +54,10 @@ NEEDLES_TELL_NOTHING = (
 
 
 def gain(cell: dict[str, Any], base: dict[str, Any], what: str) -> float:
-    """How many times faster than the baseline: "prefill" or "attention", of the tail where the
-    method works behind a prepared context, or "decode".
+    """How many times faster than the baseline in the same run: "prefill" or "attention", of the
+    tail where the method works behind a prepared context, or "decode".
     """
+    base = base | cell.get("same_run", {})
     if what != "decode":
         base = cell.get("baseline", base)
     return base[what] / cell[what]

@@ -17,6 +17,7 @@ from .points import (
     MORE_BITS,
     NEEDLES_TELL_NOTHING,
     bits_lost,
+    complete,
     density,
     fastest,
     gain,
@@ -69,7 +70,7 @@ def write_report(results: dict[str, Any], out: Path) -> str:
 
 def report(results: dict[str, Any], out: Path) -> str:
     """The page; pictures of maps are read from `out`."""
-    lengths = sorted(map(int, results["cells"]))
+    lengths = complete(results)
     longest = lengths[-1]
     settings = results["settings"]
     sections = [

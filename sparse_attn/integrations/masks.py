@@ -8,14 +8,21 @@ import torch
 from torch.utils.weak import WeakTensorKeyDictionary
 
 ROWS = 128  # of a mask, read at once: a whole comparison would take several times its memory
+HIDDEN = -1e4  # what an additive mask has at most where nothing is seen
 KNOWN = WeakTensorKeyDictionary()  # masks in use and what was found in them: layers share a mask
 
 
 class Span(NamedTuple):
-    """The part of a padded sequence that is real: which queries, which keys."""
+    """The part of a padded sequence that is real: which queries, which keys.
+
+    The keys are int64 [n] where a single query has others between them that it does not see. Where
+    the last query is padding behind them, `last` are those that it sees: `generate` goes on with
+    its output.
+    """
 
     queries: slice
-    keys: slice
+    keys: slice | torch.Tensor
+    last: slice | None = None
 
 
 def spans(
@@ -23,8 +30,9 @@ def spans(
 ) -> list[Span]:
     """Finds the real part of each sequence of a causal mask [B, 1, Tq, Tk] with padding.
 
-    With `window` the mask must also hide all but the last `window` keys up to each query. Raises
-    NotImplementedError for any other mask: packed sequences, one per head.
+    With `window` the mask must also hide all but the last `window` keys up to each query. A single
+    query may see any keys. Raises NotImplementedError for any other mask: packed sequences, one per
+    head, a bias.
     """
     if mask.ndim != 4 or mask.shape[1] != 1:
         raise NotImplementedError(
@@ -45,6 +53,8 @@ def find_spans(
 ) -> list[Span]:
     """Reads the mask: `spans` without the check of its shape and without what is known of it."""
     seen = mask if mask.dtype == torch.bool else mask == 0
+    if mask.dtype != torch.bool and not torch.equal(seen, mask > HIDDEN):
+        raise NotImplementedError("attention_mask: a bias on the scores is not served; use 'sdpa'")
     seen = seen[:, 0, :, : key.shape[2]].expand(query.shape[0], query.shape[2], -1)
     return [span(rows, window) for rows in seen]
 
@@ -66,13 +76,21 @@ def span(seen: torch.Tensor, window: int | None = None) -> Span:
     for first in starts:
         if is_causal(seen, real, first, window):
             queries = slice(max(0, real.start - first), min(n_queries, real.stop - first))
-            return Span(queries, real)
+            return Span(queries, real, behind(real, first + n_queries, window))
+    if n_queries == 1:  # a prompt padded on the right goes on behind its padding
+        return Span(slice(0, 1), valid)
     raise NotImplementedError(
         "attention_mask: sparse_attn serves causal attention with left or right padding and the "
         "sliding windows that a model names; this mask is another (packed sequences, chunks, or "
         "holes: without an attention_mask transformers hides every pad token of a prompt): "
         "use 'sdpa'"
     )
+
+
+def behind(real: slice, n_stands: int, window: int | None) -> slice | None:
+    """The keys that a last query sees which stands behind all of them at n_stands - 1."""
+    start = real.start if window is None else max(real.start, n_stands - window)
+    return slice(start, real.stop) if n_stands > real.stop > start else None
 
 
 def is_causal(seen: torch.Tensor, real: slice, first: int, window: int | None) -> bool:

@@ -31,6 +31,7 @@ def register(
     *,
     decode: Any = "dense",
     layers: Mapping[int, Any] | None = None,
+    decode_layers: Mapping[int, Any] | None = None,
     **options: Any,
 ) -> None:
     """Makes `name` an attention implementation of transformers that chooses blocks by a method.
@@ -41,37 +42,48 @@ def register(
             layer, "NAME.json", that `calibrate` wrote.
         name: what `model.set_attn_implementation` takes; a name for each model that shall have
             options of its own.
-        decode: the method for calls with one query.
+        decode: the method for calls with one query; a name, a config or a file, as `method`.
         layers: methods of single layers in prefill, by number from 0: {0: "dense", 5: "sale"}.
+        decode_layers: the same in calls with one query.
         options: backend and fallback, as in `attention`.
 
     Served is causal attention with left or right padding, whole or in chunks, with dynamic or
-    static caches. Layers with a sliding window attend exactly to their window, by no method, as
-    soon as there are more keys than that. Any other mask, a soft cap, sinks, dropout and paged
-    caches raise NotImplementedError; a layer that the model lacks raises ValueError in its first
-    call. Masks are read on the host, which torch.compile(fullgraph=True) refuses: compile without
-    fullgraph.
+    static caches; single queries also with padding between their keys, where a prompt was padded on
+    the right: they attend to the others as if these were the whole cache. Layers with a sliding
+    window attend exactly to their window, by no method, as soon as there are more keys than that.
+    Any other mask, a soft cap, sinks, dropout and paged caches raise NotImplementedError; a layer
+    that the model lacks raises ValueError in its first call. Masks are read on the host, which
+    torch.compile(fullgraph=True) refuses: compile without fullgraph.
     """
     unknown = sorted(set(options) - {"backend", "fallback"})
     if unknown:
         raise TypeError(
-            f"register: got {unknown}, expected decode, layers, backend or fallback; a method's "
-            "fields go into its config, for example register(FlexPrefill(gamma=0.9))"
+            f"register: got {unknown}, expected decode, layers, decode_layers, backend or "
+            "fallback; a method's fields go into its config, for example "
+            "register(FlexPrefill(gamma=0.9))"
         )
-    prefill, of_layer = method, {}
-    if isinstance(method, (str, Path)) and str(method).endswith(".json"):
-        prefill, of_layer = settings.read(method)
-    prefill, decoding = resolve(prefill), resolve(decode)
-    for layer, given in (layers or {}).items():
-        if not isinstance(layer, int) or layer < 0:
-            raise ValueError(f"layers: got layer {layer!r}, expected whole numbers from 0")
-        of_layer[layer] = resolve(given)
+    prefill = methods_of(method, layers, "layers")
+    decoding = methods_of(decode, decode_layers, "decode_layers")
 
     def attend(query: torch.Tensor, *args: Any, layer: int | None, **kwargs: Any) -> torch.Tensor:
-        config = decoding if query.shape[2] == 1 else of_layer.get(layer, prefill)
+        config = (decoding if query.shape[2] == 1 else prefill).of(layer)
         return api.attention(query, *args, config, **options, **kwargs)
 
-    register_function(attend, name, max(of_layer, default=-1), options.get("backend"))
+    last = max([*prefill.layers, *decoding.layers], default=-1)
+    register_function(attend, name, last, options.get("backend"))
+
+
+def methods_of(method: Any, layers: Mapping[int, Any] | None, argument: str) -> settings.Settings:
+    """The methods of a phase, by layer: of a name, a config or a file, and those of `argument`."""
+    if isinstance(method, (str, Path)) and str(method).endswith(".json"):
+        method, of_layer = settings.read(method)
+    else:
+        of_layer = {}
+    for layer, given in (layers or {}).items():
+        if not isinstance(layer, int) or layer < 0:
+            raise ValueError(f"{argument}: got layer {layer!r}, expected whole numbers from 0")
+        of_layer[layer] = resolve(given)
+    return settings.Settings(resolve(method), of_layer)
 
 
 def register_function(
@@ -137,15 +149,23 @@ def by_sequence(
     found: list[Span],
 ) -> torch.Tensor:
     """Attends with the real part of each sequence; in one call where all have the same."""
-    if all(span == found[0] for span in found):
-        queries, keys = found[0]
+    plain = all(isinstance(span.keys, slice) for span in found)
+    if plain and all(span == found[0] for span in found):
+        queries, keys, _ = found[0]
         if queries == slice(0, query.shape[2]):
             return attend(query, key[:, :, keys], value[:, :, keys])
+
+    def part_of(b: int, queries: slice, keys: slice | torch.Tensor) -> torch.Tensor:
+        at = ((query, queries), (key, keys), (value, keys))
+        return attend(*(x[b : b + 1, :, where] for x, where in at))
+
     out = query.new_zeros((*query.shape[:3], value.shape[3]))
-    for b, (queries, keys) in enumerate(found):
+    last = slice(query.shape[2] - 1, query.shape[2])
+    for b, (queries, keys, seen) in enumerate(found):
         if queries.start < queries.stop:
-            one = (x[b : b + 1, :, at] for x, at in ((query, queries), (key, keys), (value, keys)))
-            out[b : b + 1, :, queries] = attend(*one)
+            out[b : b + 1, :, queries] = part_of(b, queries, keys)
+        if seen is not None:
+            out[b : b + 1, :, last] = part_of(b, last, seen)
     return out
 
 

@@ -92,6 +92,8 @@ def _positive(name: str, value: int) -> None:
 def _writable(name: str, file: Path) -> None:
     if not file.absolute().parent.is_dir():
         raise SystemExit(f"{name}: no folder {file.absolute().parent}")
+    if file.is_dir():
+        raise SystemExit(f"{name}: got the folder {file}, expected a file")
 
 
 def _encode(tokenizer: Any, text: bytes) -> list[int]:
@@ -141,11 +143,16 @@ def ask(args: argparse.Namespace) -> None:
 
     _positive("--tokens", args.tokens)
     if args.figure is not None:  # what is missing is said before the work, not after it
-        import matplotlib.figure  # noqa: F401
+        import matplotlib.figure
 
         from ..plot import plot_kept
 
         _writable("--figure", args.figure)
+        kinds = matplotlib.figure.Figure().canvas.get_supported_filetypes()
+        if args.figure.suffix[1:].lower() not in kinds:
+            raise SystemExit(
+                f"--figure: got {args.figure}, expected a name that ends in one of {sorted(kinds)}"
+            )
     from ..demo.text import corpus
     from ..integrations.squeezed import SqueezedCache, cache_argument
     from . import SqueezedContext

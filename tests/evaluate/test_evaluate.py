@@ -1,6 +1,7 @@
 """`python -m sparse_attn evaluate` on a small random model: results, going on, the report."""
 
 import base64
+import io
 import json
 import shutil
 import subprocess
@@ -13,12 +14,13 @@ import torch
 from sparse_attn.__main__ import main
 
 transformers = pytest.importorskip("transformers")
+matplotlib_image = pytest.importorskip("matplotlib.image")
 for module in ("tqdm", "matplotlib", "safetensors"):
     pytest.importorskip(module)
 from sparse_attn.evaluate import measure  # noqa: E402
 from sparse_attn.evaluate.look import Look  # noqa: E402
 from sparse_attn.evaluate.measure import Evaluation  # noqa: E402
-from sparse_attn.evaluate.report import methods  # noqa: E402
+from sparse_attn.evaluate.report import methods, report  # noqa: E402
 from sparse_attn.evaluate.specs import parse  # noqa: E402
 from sparse_attn.probe import Probe, register_probe  # noqa: E402
 
@@ -105,6 +107,7 @@ def test_results(results):
             assert 0.1 < fewer["density"] <= more["density"] <= 1
             assert 0.05 < sum(fewer["recall"]) / 4 <= sum(more["recall"]) / 4 + 1e-6
             assert fewer["error"] > 1e-3
+        assert abs(cells[SMALL]["bits"] - base["bits"]) > 1e-4  # it is forced all the same
         assert "dense is faster below" in cells[SMALL]["fallback"]
         for cell in cells.values():  # none of these chooses in decoding
             assert cell["decode"] >= cell["decode_attention"] > 0
@@ -168,6 +171,11 @@ def test_a_stopped_run_goes_on(tmp_path, monkeypatch, no_report):
     assert len(done) == 10 and list(found["cells"]["400"]) == ["sdpa", "dense", SMALL]
     with pytest.raises(SystemExit, match="results with another samples; give another folder"):
         evaluate(tmp_path, "--samples", 2)
+    later = evaluate(tmp_path, "--lengths", 400, "--methods", LARGE)["cells"]["400"]
+    for label, run in (("dense", found["cells"]["400"]), (LARGE, later)):  # each with its own sdpa
+        want = {what: run["sdpa"][what] for what in ("prefill", "attention", "decode")}
+        assert later[label]["same_run"] == want
+    assert later["sdpa"]["prefill"] != found["cells"]["400"]["sdpa"]["prefill"]
 
 
 def write_settings(path, **found):
@@ -199,6 +207,15 @@ def test_results_of_other_settings_are_not_taken(tmp_path, monkeypatch, no_repor
         patch.setattr("sparse_attn.evaluate.measure.machine", lambda device: "an abacus")
         with pytest.raises(SystemExit, match="results with another machine"):
             evaluate(tmp_path, "--lengths", 300, "--methods", "dense")
+    (tmp_path / "text.py").write_text(LINE * 41)
+    with pytest.raises(SystemExit, match="results with another text"):
+        evaluate(tmp_path, "--lengths", 300, "--methods", "dense")
+    (tmp_path / "text.py").write_text(LINE * 40)
+    model = transformers.LlamaForCausalLM.from_pretrained(tmp_path / "model")
+    model.model.layers[1].mlp.up_proj.weight.data[5, 7] += 1
+    model.save_pretrained(tmp_path / "model")
+    with pytest.raises(SystemExit, match="results with another weights"):
+        evaluate(tmp_path, "--lengths", 300, "--methods", "dense")
 
 
 def test_two_methods_of_one_name(tmp_path):
@@ -252,8 +269,10 @@ class Page(HTMLParser):
     def __init__(self, text):
         super().__init__()
         self.open, self.images, self.rows, self.ids, self.links = [], [], [], set(), []
+        self.tables = []  # rows with cells in each
         self.feed(text)
         assert not self.open
+        assert text.startswith("<!DOCTYPE html>") and "url(" not in text and "@import" not in text
 
     def handle_starttag(self, tag, attributes):
         given = dict(attributes)
@@ -262,15 +281,20 @@ class Page(HTMLParser):
         if tag == "img":
             assert given["alt"]
             self.images.append(given["src"])
+            assert given["src"].startswith("data:image/")
+        if tag == "table":
+            self.tables.append(0)
         if tag == "a":
             self.links.append(given["href"])
         if tag == "tr":
             self.rows.append([])
+            self.tables[-1] += 1
         if tag in ("td", "th"):
             self.rows[-1].append("")
         if "id" in given:
             self.ids.add(given["id"])
-        assert tag not in ("script", "link", "iframe")
+        assert tag not in ("script", "link", "iframe", "object", "embed", "base")
+        assert not any(name.startswith("on") or name == "srcset" for name in given)
 
     def handle_endtag(self, tag):
         assert self.open.pop() == tag
@@ -282,16 +306,23 @@ class Page(HTMLParser):
 
 def test_the_report_has_everything_in_it(folder, results):
     page = Page((folder / "out" / "report.html").read_text())
+    assert len(page.tables) == 5 and min(page.tables) >= 2  # a head and what is below it
     assert page.links and {link[1:] for link in page.links} == page.ids
     kinds = []
     for source in page.images:
         kind, _, data = source.partition(";base64,")
         content = base64.b64decode(data)
         if kind == "data:image/svg+xml":
-            words = "".join(xml.etree.ElementTree.fromstring(content).itertext())
-            assert "http://" not in words
+            drawing = xml.etree.ElementTree.fromstring(content)
+            assert float(drawing.get("width").removesuffix("pt")) > 100
+            for part in drawing.iter():  # nothing is fetched
+                links = [v for k, v in part.items() if k.endswith("href")]
+                assert all(link.startswith(("#", "data:image/png;base64,")) for link in links)
+            assert "http://" not in "".join(drawing.itertext())
         else:
-            assert kind == "data:image/png" and content.startswith(b"\x89PNG")
+            assert kind == "data:image/png"
+            pixels = matplotlib_image.imread(io.BytesIO(content), format="png")
+            assert min(pixels.shape[:2]) > 100 and pixels[..., :3].std() > 0.01
         kinds.append(kind)
     assert kinds.count("data:image/png") == 4  # heads and layers of two methods
     assert kinds.count("data:image/svg+xml") == 8  # 2 trade-offs, needles, 2 times, layers, heads
@@ -302,6 +333,13 @@ def test_the_report_has_everything_in_it(folder, results):
     assert summary[SMALL]["bits/token"] == f"{cell['bits']:.4f}"
     assert summary["dense"]["density"] == "100.0%"
     assert summary["dense"]["within limits"] in ("yes", "bits only")  # it may find no needle
+
+
+def test_the_report_of_a_stopped_run(folder, results):
+    """Of the lengths that are complete, whatever longer one was begun."""
+    cells = results["cells"] | {"900": {"sdpa": {"bits": 2.0}}}
+    page = report(results | {"cells": cells}, folder / "out")
+    assert "At 520 tokens" in page and "900" not in "".join(map(str, Page(page).rows))
 
 
 @pytest.mark.skipif(not any(map(shutil.which, BROWSERS)), reason="no headless browser")
@@ -379,6 +417,7 @@ def test_layers_that_use_no_method(tmp_path):
         (("--lengths", 100_000), "--lengths or --text: text: .* too few"),
         (("--text", "missing"), "--text: .*missing"),
         (("--model", "./missing"), "--model: there is no ./missing"),
+        (("--layer", 2), "--layer: got 2, the model has the layers 0 to 1"),
         (("--repeats", 0), "--repeats: got 0, expected at least 1"),
     ],
 )

@@ -1,6 +1,13 @@
 """Which settings lose next to nothing, and the table of the fastest of them."""
 
-from sparse_attn.evaluate.points import behind, markdown, operating_points, within_limits
+from sparse_attn.evaluate.points import (
+    behind,
+    complete,
+    gain,
+    markdown,
+    operating_points,
+    within_limits,
+)
 from sparse_attn.evaluate.report import series, summary
 
 
@@ -58,6 +65,19 @@ def test_a_method_with_a_baseline_of_its_own():
         {"cells": {"9": cells}, "methods": METHODS}, 9
     )
     assert behind(RESULTS, 4096) == ""
+
+
+def test_speed_ups_are_of_one_run():
+    """A later run times the baseline anew, on a machine that may be slower then."""
+    old = CELLS["one:a=1"] | {"same_run": {"attention": 3.0, "prefill": 6.0, "decode": 1.0}}
+    assert [gain(old, BASE, x) for x in ("attention", "prefill", "decode")] == [6, 4, 4]
+    tail = old | {"baseline": {"attention": 0.5, "prefill": 3.0}}
+    assert [gain(tail, BASE, x) for x in ("attention", "prefill", "decode")] == [1, 2, 4]
+
+
+def test_lengths_of_a_stopped_run_are_left_out():
+    cells = {"4096": CELLS, "8192": {"sdpa": {"bits": 2.0}}, "512": CELLS, "100": {"sdpa": {}}}
+    assert complete({"cells": cells}) == [512, 4096]
 
 
 def test_a_baseline_that_finds_no_needle():

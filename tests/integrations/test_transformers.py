@@ -101,7 +101,7 @@ def test_chunked_prefill(model, name, ids, side, cache, chunk):
 
 
 @pytest.mark.parametrize("cache", ["dynamic", "static"])
-@pytest.mark.parametrize("side", [None, "left"])
+@pytest.mark.parametrize("side", [None, "left", "right"])
 def test_generate(model, name, ids, side, cache):
     def run(n):
         model.set_attn_implementation(n)
@@ -139,9 +139,12 @@ def test_padding_is_cut_off(model, ids):
         return api.attention(query, key, value, "dense", **options)
 
     integration.register_function(spy, "spy")
-    for side in ("left", "right"):
-        logits(model, "spy", ids, attention_mask=padding(side))
-    assert shapes == [(n, n) for n in LENGTHS] * 4
+    logits(model, "spy", ids, attention_mask=padding("left"))
+    assert shapes == [(n, n) for n in LENGTHS] * 2
+    shapes.clear()
+    logits(model, "spy", ids, attention_mask=padding("right"))
+    whole, part = LENGTHS  # and the last query, with which `generate` goes on
+    assert shapes == [(whole, whole), (part, part), (1, part)] * 2
 
 
 def test_a_method_reaches_its_options(model, ids):
@@ -175,6 +178,62 @@ def other_mask(which):
 def test_other_masks_are_refused(model, name, ids, which):
     with pytest.raises(NotImplementedError, match="^attention_mask: "):
         logits(model, name, ids, attention_mask=other_mask(which))
+
+
+@pytest.mark.parametrize("tokens", [1, TOKENS])
+def test_a_bias_is_no_padding(model, name, ids, tokens):
+    """Scores that differ from 0 by a little are seen: such keys are not left out."""
+    mask = other_mask("bias")[:, :, -tokens:]
+    past = transformers.DynamicCache(config=model.config)
+    if tokens == 1:
+        logits(model, "sdpa", ids[:, :-1], past_key_values=past)
+    with pytest.raises(NotImplementedError, match="^attention_mask: a bias"):
+        logits(model, name, ids[:, -tokens:], attention_mask=mask, past_key_values=past)
+
+
+@pytest.mark.parametrize("additive", [False, True])
+def test_one_query_sees_any_keys(model, name, ids, additive):
+    """Holes between the keys of a sequence, as behind a prompt that is padded on the right."""
+    mask = torch.ones(2, 1, 1, TOKENS, dtype=torch.bool)
+    mask[1, ..., 20:33] = False
+    mask[1, ..., 3] = False
+
+    def run(m, n):
+        past, dtype = transformers.DynamicCache(config=m.config), next(m.parameters()).dtype
+        logits(m, "sdpa", ids[:, :-1], past_key_values=past)
+        given = mask
+        if additive:
+            given = torch.zeros(mask.shape, dtype=dtype)
+            given = given.masked_fill(~mask, torch.finfo(dtype).min)
+        return logits(m, n, ids[:, -1:], attention_mask=given, past_key_values=past)
+
+    assert_same_logits(model, name, run)
+
+
+def test_methods_by_layer_and_phase(model, ids, monkeypatch, tmp_path):
+    calls, attention = [], api.attention
+
+    def spy(query, key, value, config, **options):
+        calls.append((query.shape[2], config))
+        return attention(query, key, value, "dense", **options)
+
+    monkeypatch.setattr(integration.api, "attention", spy)
+    a, b, c, d = (FlexPrefill(gamma=gamma) for gamma in (0.5, 0.6, 0.7, 0.8))
+    integration.register(a, "phases", layers={1: b}, decode=c, decode_layers={0: d})
+    model.set_attn_implementation("phases")
+    model.generate(ids, max_new_tokens=2, min_new_tokens=2, do_sample=False)
+    assert calls == [(TOKENS, a), (TOKENS, b), (1, d), (1, c)]
+    path = tmp_path / "file.json"
+    path.write_text('{"method": "dense", "layers": {"1": {"method": "hip"}}}')
+    integration.register(a, "phases", decode=str(path))
+    calls.clear()
+    model.generate(ids, max_new_tokens=2, min_new_tokens=2, do_sample=False)
+    assert [config.name for _, config in calls] == ["flex_prefill"] * 2 + ["dense", "hip"]
+    with pytest.raises(ValueError, match="^decode_layers: got layer -1"):
+        integration.register(a, "phases", decode_layers={-1: d})
+    integration.register(a, "phases", decode_layers={2: d})
+    with pytest.raises(ValueError, match="given for layer 2, but the model has the layers 0 to 1"):
+        model(input_ids=ids)
 
 
 def test_additive_causal_mask_is_served(model, name, ids):
