@@ -6,6 +6,7 @@ compiles those. The table shows registers and spilled bytes per thread, shared m
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
@@ -15,6 +16,7 @@ import tempfile
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
+from functools import cache
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -25,6 +27,8 @@ import torch
 # runs on sm_86 and sm_89 too, which have the least
 LIMITS = {"sm_80": (108, 99 * 1024), "sm_90a": (132, 227 * 1024), "sm_100a": (148, 227 * 1024)}
 QUICK = ("sm_80", "sm_90a")
+FLAGS = ("-O3", "-std=c++20", "-ftz=true", "-cubin", "-w", "--resource-usage")
+CACHE = Path(__file__).parent.parent / "build" / "cuda_aot"
 DTYPES = {"bf16": torch.bfloat16, "f16": torch.float16}
 
 
@@ -160,18 +164,38 @@ def planned(arch: str, quick: bool) -> dict[str, dict[str, tuple[int, int]]]:
 
 def build(op: str, arch: str, names: list[str], cubin: Path) -> str:
     """Compiles the named kernels of an operator; returns what ptxas says of them, demangled."""
-    source = import_module("sparse_attn.nvrtc.source")
-    uses = "".join(f"auto* f{i} = &sparse_attn::{name};\n" for i, name in enumerate(names))
-    code = cubin.with_suffix(".cu")
-    code.write_text(source.assembled(op) + uses)
+    cubin.with_suffix(".cu").write_text(code(op, names))
     done = subprocess.run(
-        ["nvcc", "-O3", "-std=c++20", "-ftz=true", f"-arch={arch}", "-cubin", "-w",
-         "--resource-usage", code.name, "-o", cubin.name],
+        ["nvcc", *FLAGS, f"-arch={arch}", cubin.with_suffix(".cu").name, "-o", cubin.name],
         cwd=cubin.parent, capture_output=True, text=True,
     )  # fmt: skip
     if done.returncode != 0:
         raise RuntimeError(f"{op} for {arch}: {done.stderr[-3000:]}")
     return demangled(done.stdout + done.stderr)
+
+
+def code(op: str, names: list[str]) -> str:
+    source = import_module("sparse_attn.nvrtc.source")
+    uses = "".join(f"auto* f{i} = &sparse_attn::{name};\n" for i, name in enumerate(names))
+    return source.assembled(op) + uses
+
+
+def reported(op: str, arch: str, names: list[str]) -> str:
+    """What ptxas says; kept by the hash of all that decides it, for a test that asks again."""
+    about = (code(op, names), arch, *FLAGS, nvcc_version())
+    kept = CACHE / f"{op}_{hashlib.sha256(repr(about).encode()).hexdigest()[:24]}.txt"
+    if not kept.exists():
+        CACHE.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=CACHE) as folder:
+            written = Path(folder) / kept.name
+            written.write_text(build(op, arch, names, Path(folder) / "kernels.cubin"))
+            written.replace(kept)
+    return kept.read_text()
+
+
+@cache
+def nvcc_version() -> str:
+    return subprocess.run(["nvcc", "--version"], capture_output=True, text=True, check=True).stdout
 
 
 def demangled(text: str) -> str:
@@ -183,9 +207,7 @@ def demangled(text: str) -> str:
 def compile_kernels(op: str, arch: str, kernels: dict[str, tuple[int, int]]) -> list[Row]:
     """Registers, spills and static shared memory as ptxas reports them."""
     names = sorted(kernels)
-    with tempfile.TemporaryDirectory() as folder:
-        text = build(op, arch, names, Path(folder) / "kernels.cubin")
-    rows = []
+    text, rows = reported(op, arch, names), []
     for part in text.split("Compiling entry function")[1:]:
         name = next((n for n in names if f"sparse_attn::{n}(" in part.split("\n")[0]), None)
         if name is None:  # no template, and no case launches it

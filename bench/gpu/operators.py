@@ -25,7 +25,7 @@ from .timing import time_in_turn
 
 
 def run(context: Context) -> None:
-    n, heads, key_heads = context.size((16384, 16, 4), (200, 2, 1))
+    n, heads, key_heads = context.size((16384, 16, 4), (140, 2, 1))
     query, key, value = tensors(context, n, n, heads, key_heads)
     few = torch.randn(1, heads, n, device=context.device)
     states = (query, few, query * 2, few + 1)
