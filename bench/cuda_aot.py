@@ -49,96 +49,12 @@ def empty(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     return torch.empty(shape, dtype=dtype, device="meta")
 
 
-def merge(dtype: torch.dtype, dv: int) -> None:
-    from sparse_attn.nvrtc.merge_attention_states import merge_attention_states as run
-
-    out, lse = empty(1, 8, 4096, dv, dtype=dtype), empty(1, 8, 4096)
-    run(out, lse, out, lse)
-
-
-def attention(dtype: torch.dtype, dim: int, q_block: int, n_queries: int = 4096) -> None:
-    """Paged: the same kernels, with more shared memory."""
-    from sparse_attn.nvrtc.block_sparse_attention import block_sparse_attention as run
-
-    query = empty(1, 8, n_queries, dim, dtype=dtype)
-    key = empty(1024, 2, 16, dim, dtype=dtype)
-    table = empty(1, 512, dtype=torch.int32)
-    counts = empty(1, 2, -(-n_queries // q_block), dtype=torch.int32)
-    indices = empty(*counts.shape, 64, dtype=torch.int32)
-    run(query, key, key, indices, counts, q_block, 128, True, 0, 0, None, table, table[:, 0])
-
-
-def select(dtype: torch.dtype, dim: int) -> None:
-    from sparse_attn.nvrtc.flex_prefill_select import flex_prefill_select as run
-
-    run(empty(1, 8, 131072, dim, dtype=dtype), empty(1, 2, 131072, dim, dtype=dtype))
-
-
-def sale(dtype: torch.dtype, dim: int, kv_block: int = 32) -> None:
-    from sparse_attn.nvrtc.sale_estimate import sale_estimate
-    from sparse_attn.nvrtc.sale_quantize import sale_quantize
-    from sparse_attn.nvrtc.sale_threshold import sale_threshold
-
-    n = 131072
-    query, key = empty(1, 8, n, dim, dtype=dtype), empty(1, 2, n, dim, dtype=dtype)
-    query_packed, query_step, _ = sale_quantize(query)
-    key_packed, key_step, mean = sale_quantize(key, None, "key", kv_block)
-    sale_threshold(query, key, mean, empty(8), 64, kv_block)
-    rows = empty(1, 8, n)
-    sale_estimate(query_packed, query_step, key_packed, key_step, rows, rows, 64, kv_block)
-
-
-def hip(dtype: torch.dtype, dim: int) -> None:
-    from sparse_attn.nvrtc.hip_prune_select import hip_prune_select as prune
-    from sparse_attn.nvrtc.hip_select import hip_select as search
-
-    query, key = (empty(1, heads, 131072, dim, dtype=dtype) for heads in (8, 2))
-    search(query, key)
-    prune(query, key, [256, 32, 8], [32768, 8192, 2048], [4, 4, 1])
-
-
-def squeezed_lookup(dtype: torch.dtype, dim: int, n_queries: int) -> None:
-    from sparse_attn.nvrtc.squeezed_lookup import squeezed_lookup as run
-
-    def level(clusters: int) -> tuple[torch.Tensor, ...]:
-        return (
-            empty(1, 2, clusters, dim, dtype=dtype), empty(1, 2, clusters),
-            empty(1, 2, clusters + 1, dtype=torch.int32), empty(),
-        )  # fmt: skip
-
-    run(empty(1, 8, n_queries, dim, dtype=dtype), *level(6500), *level(1300))
-
-
-def squeezed_attend(dtype: torch.dtype, dim: int, n_queries: int) -> None:
-    from sparse_attn.nvrtc.squeezed_attend import squeezed_attend as run
-
-    context, tail = empty(1, 2, 131072, dim, dtype=dtype), empty(1, 2, 1200, dim, dtype=dtype)
-    starts, counts = empty(1, 2, 3250, dtype=torch.int32), empty(1, 2, dtype=torch.int32)
-    query = empty(1, 8, n_queries, dim, dtype=dtype)
-    run(query, context, context, tail, tail, starts, starts, counts)
-
-
 def cases(quick: bool) -> list[tuple[Callable[..., None], Any]]:
     """Functions and their arguments; quick: the kernels of common calls, in one dtype."""
-    found: list[tuple[Callable[..., None], Any]] = []
-    for name in ("bf16",) if quick else DTYPES:
-        dtype = DTYPES[name]
-        found += [(merge, (dtype, dv)) for dv in ((128,) if quick else (128, 5))]
-        found += [(select, (dtype, 256))]  # the widest slices of the probe
-        found += [(sale, (dtype, dim)) for dim in ((128, 256) if quick else (64, 96, 128, 256, 40))]
-        if not quick:
-            found += [(sale, (dtype, 128, kv_block)) for kv_block in (16, 64)]
-        found += [(hip, (dtype, dim)) for dim in ((128,) if quick else (64, 128, 256))]
-        for dim in (64, 128) if quick else (64, 96, 128, 256):
-            found.append((attention, (dtype, dim, 128)))  # 128 rows, or 64
-            found.append((attention, (dtype, dim, 1, 1)))  # decoding: 16 rows
-            if not quick:
-                found.append((attention, (dtype, dim, 16)))  # 64 rows
-        for dim in (128,) if quick else (64, 96, 128, 256):
-            for n_queries in (1, 1024) if quick else (1, 16, 1024):
-                found.append((squeezed_lookup, (dtype, dim, n_queries)))
-                found.append((squeezed_attend, (dtype, dim, n_queries)))
-    return found
+    from .cases import all_of
+
+    dtypes = (torch.bfloat16,) if quick else DTYPES.values()
+    return [case for of in all_of("cuda") for dtype in dtypes for case in of(dtype, quick)]
 
 
 def planned(arch: str, quick: bool) -> dict[str, dict[str, tuple[int, int]]]:

@@ -13,6 +13,15 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from bench import aot
+from bench.cases import (
+    block_sparse_attention,
+    flex_prefill_select,
+    hip_prune_select,
+    hip_select,
+    sale_select,
+    squeezed_attend,
+    squeezed_lookup,
+)
 from sparse_attn.ops.block_sparse_attention import op
 from tests.cases import TRITON, Shape, call, index, inputs
 
@@ -44,7 +53,7 @@ def names(function, *args):
 def test_select_is_nine_launches_and_small(block):
     def select():
         with Largest() as mode:
-            aot.flex_prefill("bf16", 128, block)
+            flex_prefill_select.compiled("bf16", 128, block)
         largest.append(mode.elements)
 
     largest = []
@@ -57,7 +66,7 @@ def test_select_is_nine_launches_and_small(block):
 def test_sale_is_small():
     def sale():
         with Largest() as mode:
-            aot.sale("bf16", 128)
+            sale_select.compiled("bf16", 128)
         largest.append(mode.elements)
 
     largest = []
@@ -71,8 +80,10 @@ def test_sale_is_small():
 
 
 def test_prefill_is_one_launch_and_decode_two():
-    assert names(aot.attention, "bf16", 128, 4096) == ["block_sparse_attention_kernel"]
-    decode = aot.launches("sm_90", aot.attention, "bf16", 128, 1, 1, 16)
+    assert names(block_sparse_attention.compiled, "bf16", 128, 4096) == [
+        "block_sparse_attention_kernel"
+    ]
+    decode = aot.launches("sm_90", block_sparse_attention.compiled, "bf16", 128, 1, 1, 16)
     assert [kernel.__name__ for kernel, *_ in decode] == [
         "block_sparse_attention_kernel", "join_splits_kernel"
     ]  # fmt: skip
@@ -83,7 +94,7 @@ def test_prefill_is_one_launch_and_decode_two():
 def test_hip_is_one_launch_and_small():
     """A program per list of blocks; no memory but that of the result."""
     largest = []
-    for function, heads in ((aot.hip, 8), (aot.hip_prune, 8)):
+    for function, heads in ((hip_select.compiled, 8), (hip_prune_select.compiled, 8)):
 
         def select(function=function):
             with Largest() as mode:
@@ -95,7 +106,7 @@ def test_hip_is_one_launch_and_small():
         assert launched[1] == heads * 8192 // 64
     assert largest == [2 * 131072 * 128] * 2  # the keys
     # in decoding the heads that share keys are rows of one tile
-    paged = aot.launches("sm_90", aot.hip_paged, "bf16", 128)
+    paged = aot.launches("sm_90", hip_select.paged, "bf16", 128)
     assert paged[0][1] == 4 * 2 and paged[0][3]["BLOCK_R"] == 16
 
 
@@ -105,7 +116,7 @@ TWO_PASSES = ["cluster_scores_kernel", *KEPT]
 
 @pytest.mark.parametrize("n_queries, level", [(1, KEPT), (16, KEPT), (17, TWO_PASSES)])
 def test_a_lookup_of_two_levels(n_queries, level):
-    found = aot.launches("sm_90", aot.squeezed_lookup, "bf16", 128, n_queries)
+    found = aot.launches("sm_90", squeezed_lookup.compiled, "bf16", 128, n_queries)
     want = [*level, "mark_children_kernel", *level, "list_runs_kernel"]
     assert [kernel.__name__ for kernel, *_ in found] == want
     if n_queries == 1:  # eight query heads of two KV heads: one tile per group, split over clusters
@@ -114,7 +125,7 @@ def test_a_lookup_of_two_levels(n_queries, level):
 
 @pytest.mark.parametrize("n_queries", [1, 1024])
 def test_attention_to_runs_has_a_fixed_grid(n_queries):
-    found = aot.launches("sm_90", aot.squeezed_attend, "bf16", 128, n_queries)
+    found = aot.launches("sm_90", squeezed_attend.compiled, "bf16", 128, n_queries)
     assert [kernel.__name__ for kernel, *_ in found] == [
         "expand_runs_kernel", "squeezed_attend_kernel", "join_units_kernel"
     ]  # fmt: skip
@@ -126,10 +137,10 @@ def test_gathered_tokens_fill_tiles(kv_block):
     """The tile is as full of small blocks as of large ones, for prefill and decode."""
     for n_queries, q_block in ((4096, 128), (1, 1)):
         (_, _, _, small), *_ = aot.launches(
-            "sm_90", aot.attention, "bf16", 128, n_queries, q_block, kv_block
+            "sm_90", block_sparse_attention.compiled, "bf16", 128, n_queries, q_block, kv_block
         )
         (_, _, _, large), *_ = aot.launches(
-            "sm_90", aot.attention, "bf16", 128, n_queries, q_block, 32
+            "sm_90", block_sparse_attention.compiled, "bf16", 128, n_queries, q_block, 32
         )
         assert small["BLOCK_N"] == large["BLOCK_N"] >= 64
         assert small["GATHER"] == (small["BLOCK_N"] % kv_block != 0 or kv_block < 64)
