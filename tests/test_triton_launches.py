@@ -24,6 +24,7 @@ from bench.cases import (
 )
 from sparse_attn.ops.block_sparse_attention import op
 from tests.cases import TRITON, Shape, call, index, inputs
+from tests.ops import all_of
 
 pytestmark = pytest.mark.triton
 
@@ -159,55 +160,31 @@ def test_architectures_that_are_not_listed(arch, table):
 LENGTHS = """
 import json, sys, torch
 from bench import aot
-from sparse_attn.block_index import BlockIndex
-from sparse_attn.triton_kernels import configs
-from sparse_attn.triton_kernels.block_sparse_attention import block_sparse_attention as attend
-from sparse_attn.triton_kernels.block_sparse_attention_backward import (
-    block_sparse_attention_backward as gradient,
-)
-from sparse_attn.triton_kernels.flex_prefill_select import flex_prefill_select as select
-from sparse_attn.triton_kernels.hip_prune_select import hip_prune_select as prune
-from sparse_attn.triton_kernels.hip_select import hip_select as search
-from sparse_attn.triton_kernels.merge_attention_states import merge_attention_states as merge
-from sparse_attn.triton_kernels.sale_estimate import sale_estimate as estimate
-from sparse_attn.triton_kernels.sale_quantize import sale_quantize as quantize
-from sparse_attn.triton_kernels.squeezed_attend import squeezed_attend
-from sparse_attn.triton_kernels.squeezed_lookup import squeezed_lookup
+from tests.ops import all_of
 
-def level(clusters):
-    new = lambda *shape, dtype=torch.float32: torch.empty(shape, dtype=dtype, device="cuda")
-    return (new(1, 2, clusters, 128, dtype=torch.float16), new(1, 2, clusters),
-            new(1, 2, clusters + 1, dtype=torch.int32), new())
+class New:
+    def __init__(self, batch, transposed):
+        self.batch, self.transposed = batch, transposed
 
-def calls(batch, n_queries, n_keys, transposed):
-    new = lambda h, n: (torch.empty(batch, n, h, 128, device="cuda", dtype=torch.float16)
-                        .transpose(1, 2) if transposed else
-                        torch.empty(batch, h, n, 128, device="cuda", dtype=torch.float16))
-    query, key, value = new(8, n_queries), new(2, n_keys), new(2, n_keys)
-    indices, counts, _ = select(query, key)
-    indices = indices.new_empty(batch, 8, -(-n_queries // 128), -(-n_keys // 128))
-    counts = indices.new_empty(indices.shape[:3])
-    out, lse = attend(query, key, value, indices, counts, 128, 128)
-    merge(out, lse, out, lse)
-    quantized, steps, _ = quantize(query)
-    keys, key_steps, _ = quantize(key, None, "key")
-    estimate(quantized, steps, keys, key_steps, lse.new_empty(batch, 8, n_keys), lse)
-    search(query, key)
-    prune(query, key, [256, 32, 8], [32768, 8192, 2048], [4, 4, 1])
-    # a torch without CUDA makes tensors there but cannot sort them
-    transposed = counts.new_empty(batch, 8, -(-n_keys // 128) + 1), indices.flatten(2)
-    BlockIndex.transpose = lambda index, n_keys: transposed
-    gradient(out, lse, query, key, value, out, lse, indices, counts, 128, 128)
-    runs = squeezed_lookup(query, *level(n_keys // 20), *level(n_keys // 99))
-    lengths = torch.empty(batch, dtype=torch.int32, device="cuda")
-    squeezed_attend(query, key, value, key, value, *runs[:3], lengths)
+    def empty(self, *shape, batch=0, dtype=torch.float32):
+        batch = () if batch is None else (batch or self.batch,)
+        return torch.empty((*batch, *shape), dtype=dtype, device="cuda")
+
+    def __call__(self, heads, n):
+        shape = (n, heads, 128) if self.transposed else (heads, n, 128)
+        x = self.empty(*shape, dtype=torch.float16)
+        return x.transpose(1, 2) if self.transposed else x
+
+def calls(new, *lengths):
+    for call in all_of("any_length").values():
+        call(new, *lengths)
 
 found = {}
 for length in (8192, 8193, 16400, 32640):
     for batch in (1, 3):
         for n_queries in (length, 777):
             for transposed in (True, False):
-                args = (batch, n_queries, length, transposed)
+                args = New(batch, transposed), n_queries, length
                 for kernel, _, args, options in aot.launches("sm_90", calls, *args):
                     seen = found.setdefault(kernel.__name__, set())
                     seen.add(repr((aot.specialise(kernel, args, options), sorted(options.items()))))
@@ -220,21 +197,10 @@ def test_lengths_and_batches_alone_compile_nothing_anew():
     text = subprocess.run(
         [sys.executable, "-c", LENGTHS], env=env, check=True, capture_output=True, text=True
     ).stdout
-    most = {
-        "probe_profile_kernel": 2,  # two passes
-        "block_sparse_attention_kernel": 2,  # split over the keys or not
-        "choose_kernel": 2,  # chunks of 128 and of 1024 blocks
-        "list_kernel": 2,
-        "sale_code_kernel": 2,  # queries and keys
-        "sale_list_kernel": 2,
-        "cluster_scores_kernel": 4,  # two passes over each of two levels
-        "test_clusters_kernel": 3,  # the coarse level in chunks of 128 and of 1024, the fine one
-    }
     found = json.loads(text)
-    others = ("block_sparse_attention", "merge_attention_states", "attention_delta",
-              "query_gradient", "key_gradient", "hip_select", "hip_prune_select", "list_runs",
-              "expand_runs", "squeezed_attend", "join_units")  # fmt: skip
-    assert set(found) >= {*SELECT, *(f"{name}_kernel" for name in others)}
+    assert {*SELECT, "join_units_kernel", "sale_threshold_kernel"} <= set(found)
+    most = {kernel: n for table in all_of("COMPILED").values() for kernel, n in table.items()}
+    assert set(most) <= set(found)
     assert not {k: n for k, n in found.items() if n > most.get(k, 1)}
 
 

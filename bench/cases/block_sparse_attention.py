@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from sparse_attn import BlockIndex
@@ -11,10 +13,21 @@ from ..aot import DTYPES
 from ..cuda_aot import empty
 from ..gpu.baselines import TOLERANCE as OF_ROWS
 from ..gpu.cases import random_index, rows_error
-from ..gpu.check import TOLERANCE, apart, attention_inputs, call, double, shapes_of
+from ..gpu.check import TOLERANCE, apart, call, double
 from ..gpu.context import Context
 from ..gpu.operators import Sizes, compare
 from . import Cases, Checks, Launches
+
+BF16, ALL = (torch.bfloat16,), tuple(TOLERANCE)
+# (B, Hq, Hkv, Hi, Tq, Tk, D, Dv, q_block, kv_block, causal, sink, window), dtypes
+SHAPES = [
+    ((1, 4, 2, 4, 300, 300, 128, 128, 128, 128, True, 0, 0), ALL),
+    ((2, 4, 2, 2, 200, 333, 64, 64, 64, 64, True, 7, 40), BF16),
+    ((1, 8, 2, 2, 1, 4000, 128, 128, 1, 16, True, 0, 0), ALL),
+    ((1, 4, 1, 1, 70, 300, 96, 40, 16, 3, False, 5, 0), BF16),
+    ((1, 2, 2, 1, 130, 257, 256, 256, 128, 32, True, 0, 0), BF16),
+]
+DRY = [((1, 4, 1, 1, 20, 100, 32, 24, 16, 3, False, 5, 0), BF16)]
 
 
 def compiled(dtype: str, head_dim: int, n_queries: int, q_block: int = 128, kv_block: int = 128,
@@ -79,6 +92,24 @@ def cuda(dtype: torch.dtype, quick: bool) -> Launches:
         if not quick:
             found.append((launched, (dtype, dim, 16)))  # 64 rows
     return found
+
+
+def shapes_of(context: Context) -> list[tuple[tuple, tuple[torch.dtype, ...]]]:
+    """Sizes of attention, with the dtypes that each is for."""
+    return DRY if context.dry else SHAPES
+
+
+def attention_inputs(shape: tuple, dtype: torch.dtype) -> tuple[Any, ...]:
+    """The arguments of block_sparse_attention."""
+    batch, heads, key_heads, list_heads, n_queries, n_keys, dim, value_dim, *rest = shape
+    q_block, kv_block, causal, sink, window = rest
+    query, key, value = (
+        torch.randn(batch, n, h, d, dtype=dtype).transpose(1, 2)
+        for n, h, d in ((n_queries, heads, dim), (n_keys, key_heads, dim),
+                        (n_keys, key_heads, value_dim))
+    )  # fmt: skip
+    mask = torch.rand(batch, list_heads, -(-n_queries // q_block), -(-n_keys // kv_block)) < 0.4
+    return query, key, value, *BlockIndex.from_mask(mask, q_block, kv_block), causal, sink, window
 
 
 def attention(context: Context, backend: str, shape: tuple, dtype: torch.dtype) -> str | None:

@@ -12,10 +12,11 @@ from sparse_attn.ops.block_sparse_attention_backward import op
 from ..aot import DTYPES
 from ..gpu.baselines import TOLERANCE as OF_GRADIENT
 from ..gpu.cases import random_index, tensors
-from ..gpu.check import TOLERANCE, apart, attention_inputs, call, double, shapes_of
+from ..gpu.check import TOLERANCE, apart, call, double
 from ..gpu.context import Context
 from ..gpu.operators import Sizes, compare
 from . import Cases, Checks
+from .block_sparse_attention import attention_inputs, shapes_of
 
 
 def compiled(dtype: str, head_dim: int, block: int = 128, edges: bool = False,

@@ -8,9 +8,9 @@ from sparse_attn.ops.hip_prune_select import op
 
 from ..aot import DTYPES
 from ..cuda_aot import empty
-from ..gpu.check import searched
 from ..gpu.context import Context
 from . import Cases, Checks, Launches
+from .hip_select import searched
 
 
 def compiled(dtype: str, head_dim: int, n_queries: int = 8192, q_block: int = 64,

@@ -7,10 +7,11 @@ from typing import Any
 import torch
 
 from sparse_attn.ops.hip_select import op
+from sparse_attn.registry import Op
 
 from ..aot import DTYPES
 from ..cuda_aot import empty
-from ..gpu.check import searched
+from ..gpu.check import call
 from ..gpu.context import Context
 from . import Cases, Checks, Launches
 
@@ -50,6 +51,20 @@ def launched(dtype: torch.dtype, dim: int) -> None:
 
 def cuda(dtype: torch.dtype, quick: bool) -> Launches:
     return [(launched, (dtype, dim)) for dim in ((128,) if quick else (64, 128, 256))]
+
+
+def searched(context: Context, backend: str, op: Op, options: tuple[Any, ...]) -> str | None:
+    """Whole numbers: every sum is exact, most scores tie, and the choice is one."""
+    for n_queries in (context.size(200, 40), 1):
+        query, key = (
+            torch.randint(-2, 3, (1, heads, n, 64)).to(context.dtype)
+            for heads, n in ((4, n_queries), (2, context.size(2000, 300)))
+        )
+        got, want = (call(context, op, name, (query, key, *options)) for name in
+                     (backend, "reference"))  # fmt: skip
+        if not all(torch.equal(x, y) for x, y in zip(got, want, strict=True)):
+            return f"{n_queries} queries: the choice is another"
+    return None
 
 
 def checks(context: Context) -> Checks:
