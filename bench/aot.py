@@ -194,9 +194,6 @@ def main(arguments: list[str]) -> None:
     only = arguments[arguments.index("--only") + 1] if "--only" in arguments else ""
     rows = table("--quick" in arguments, os.cpu_count() or 1, only)
 
-    def as_json(rows: list[Row]) -> str:
-        return "[\n" + ",\n".join(json.dumps(asdict(row)) for row in rows) + "\n]\n"
-
     print(as_json(rows) if "--json" in arguments else markdown(rows))
     if not {"--quick", "--json"} & set(arguments):
         file = Path(__file__).parent / "results" / "aot.json"
