@@ -109,7 +109,8 @@ def attention_inputs(shape: tuple, dtype: torch.dtype) -> tuple[Any, ...]:
                         (n_keys, key_heads, value_dim))
     )  # fmt: skip
     mask = torch.rand(batch, list_heads, -(-n_queries // q_block), -(-n_keys // kv_block)) < 0.4
-    return query, key, value, *BlockIndex.from_mask(mask, q_block, kv_block), causal, sink, window
+    index = BlockIndex.from_mask(mask, q_block, kv_block)
+    return query, key, value, *index.blocks, causal, sink, window
 
 
 def attention(context: Context, backend: str, shape: tuple, dtype: torch.dtype) -> str | None:
@@ -182,4 +183,4 @@ def one(
         error = rows_error(query, key, value, out, index, sink, window)
         return None if error <= OF_ROWS else f"relative error {error:.3g}"
 
-    compare(context, what, op, (query, key, value, *index, True, sink, window), wrong)
+    compare(context, what, op, (query, key, value, *index.blocks, True, sink, window), wrong)

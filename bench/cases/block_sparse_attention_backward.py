@@ -81,8 +81,8 @@ def timed(context: Context, sizes: Sizes) -> None:
     half, heads = sizes.n // 2, sizes.heads
     query, key, value = tensors(context, half, half, heads, sizes.key_heads)
     index, _ = random_index(half, heads, 0.25, context.device)
-    one(context, f"backward {half}, a quarter", query, key, value, *index)
-    one(context, f"backward {half}, sink+window", query, key, value, *index, True, 4, 512)
+    one(context, f"backward {half}, a quarter", query, key, value, *index.blocks)
+    one(context, f"backward {half}, sink+window", query, key, value, *index.blocks, True, 4, 512)
 
 
 def one(context: Context, what: str, *args: Any) -> None:
