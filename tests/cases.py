@@ -23,6 +23,7 @@ CUDA = [("cuda", seed) for seed in range(1 if torch.cuda.is_available() else 4)]
 RUNS = [("reference", None), *(("cpp", isa) for isa in ISAS), TRITON]
 # far below one unit in the last place of a result of size 1, for rows whose dense error is 0
 FLOOR = {torch.float32: 5e-7, torch.float16: 2e-4, torch.bfloat16: 2e-3}
+GARBAGE = torch.tensor([-1, 2**31 - 1, -(2**31)], dtype=torch.int32)  # no pages, no lengths
 
 
 @contextmanager
@@ -128,3 +129,18 @@ def assert_as_accurate(got, exact, dense, floor):
     allowed = 2 * (dense.double() - exact.double()).abs().max().item()
     size = max(1.0, exact.double().abs().max().item())
     assert error <= allowed + floor * size, f"error {error:.3g}, allowed {allowed:.3g}"
+
+
+def padded(x: torch.Tensor) -> torch.Tensor:
+    """x with a gap of NaN after each row."""
+    wide = x.new_full((*x.shape[:-1], x.shape[-1] + 3), torch.nan)
+    wide[..., :-3] = x
+    return wide[..., :-3]
+
+
+def layouts(*tensors: torch.Tensor) -> dict[str, list[torch.Tensor]]:
+    return {
+        "tokens outside heads": list(tensors),
+        "contiguous": [x.contiguous() for x in tensors],
+        "gaps": [padded(x) for x in tensors],
+    }

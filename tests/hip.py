@@ -7,9 +7,15 @@ import torch
 from hypothesis import strategies as st
 
 from sparse_attn.reference import hip_select
-from tests.cases import CUDA, DTYPES, RUNS, Shape, call, inputs
+from tests.cases import CUDA, DTYPES, GARBAGE, RUNS, Shape, call, inputs
 
-GARBAGE = torch.tensor([-1, 2**31 - 1, -(2**31)], dtype=torch.int32)  # no pages, no lengths
+GUARDED = [
+    Shape(Tq=70, Tk=300, D=64, Hq=4, Hkv=2),
+    Shape(Tq=33, Tk=200, D=33, B=2),  # no pairs of dimensions
+    Shape(Tq=20, Tk=131, D=40),
+    Shape(Tq=1, Tk=400, D=128, Hq=4, Hkv=1),  # few voters
+    Shape(Tq=3, Tk=150, D=2, Hq=3, Hkv=3),
+]
 
 
 def runs_of(op):

@@ -19,8 +19,8 @@ from sparse_attn.ops.sale_quantize import op as quantize
 from sparse_attn.ops.squeezed_attention import op as squeezed
 from sparse_attn.ops.squeezed_lookup import op as lookup
 from tests.cases import Shape, index, inputs
-from tests.ops.test_block_sparse_attention_cache import paged
-from tests.ops.test_sale_estimate import case as sale_case
+from tests.ops.cases_block_sparse_attention import paged
+from tests.ops.cases_sale_estimate import case as sale_case
 from tests.squeezed_cases import Case, lookup_inputs
 
 pytestmark = pytest.mark.gpu

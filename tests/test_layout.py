@@ -8,6 +8,7 @@ import pytest
 import sparse_attn  # noqa: F401
 from sparse_attn.methods import METHODS
 from sparse_attn.registry import OPS
+from tests.ops import all_of
 
 ROOT = Path(__file__).parent.parent
 CODE = [
@@ -31,8 +32,33 @@ def test_each_operator_has_its_files(name):
             if row.backend == "cuda":
                 wanted += [f"csrc/cuda/{name}{end}" for end in (".cuh", "_plan.h", ".cu")]
                 wanted += [f"tests/simt/ops/{name}.cpp", f"sparse_attn/nvrtc/{name}.py"]
+    if OPS[name].impls and not OPS[name].is_composite:
+        wanted += [f"bench/cases/{name}.py", f"tests/ops/cases_{name}.py"]
     missing = [path for path in wanted if not (ROOT / path).exists()]
     assert not missing
+
+
+@pytest.mark.parametrize("file", [
+    "bench/aot.py", "bench/cuda_aot.py", "bench/gpu/check.py", "bench/gpu/operators.py",
+    "tests/guard_pages.py", "tests/ops/__init__.py", "bench/cases/__init__.py",
+])  # fmt: skip
+def test_shared_machinery_names_no_operator(file):
+    """A new operator brings its cases in files of its own."""
+    text = (ROOT / file).read_text()
+    assert not [name for name in OPS if name != "attention" and re.search(rf"\b{name}\b", text)]
+
+
+def test_cases_are_complete():
+    """What has Triton or CUDA kernels is compiled ahead of time; plans are compared."""
+    code = {n: (ROOT / f"bench/cases/{n}.py").read_text() for n in OPS if
+            (ROOT / f"bench/cases/{n}.py").exists()}  # fmt: skip
+    own = {folder: {p.stem for p in (ROOT / folder).glob("*.py")} & set(OPS)
+           for folder in ("triton_kernels", "sparse_attn/nvrtc")}  # fmt: skip
+    for folder, names in own.items():
+        module = rf"\.{Path(folder).name}\.(\w+)"
+        assert {n for text in code.values() for n in re.findall(module, text)} == names
+    assert set(all_of("any_length")) == own["triton_kernels"]
+    assert set(all_of("arguments")) == set(all_of("direct_call")) == own["sparse_attn/nvrtc"]
 
 
 @pytest.mark.parametrize("name", sorted(OPS))
@@ -51,8 +77,9 @@ def test_each_method_has_its_files(name):
 
 def test_no_file_without_an_operator():
     for folder, pattern in (("sparse_attn/ops", "[!_]*.py"), ("sparse_attn/reference", "[!_]*.py"),
-                            ("docs/ops", "*.md"), ("csrc/cuda", "*.cu")):  # fmt: skip
-        stems = {p.stem for p in (ROOT / folder).glob(pattern)}
+                            ("docs/ops", "*.md"), ("csrc/cuda", "*.cu"),
+                            ("bench/cases", "[!_]*.py"), ("tests/ops", "cases_*.py")):  # fmt: skip
+        stems = {p.stem.removeprefix("cases_") for p in (ROOT / folder).glob(pattern)}
         assert stems <= set(OPS), folder
 
 

@@ -13,8 +13,18 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from bench import aot
+from bench.cases import (
+    block_sparse_attention,
+    flex_prefill_select,
+    hip_prune_select,
+    hip_select,
+    sale_select,
+    squeezed_attend,
+    squeezed_lookup,
+)
 from sparse_attn.ops.block_sparse_attention import op
 from tests.cases import TRITON, Shape, call, index, inputs
+from tests.ops import all_of
 
 pytestmark = pytest.mark.triton
 
@@ -44,7 +54,7 @@ def names(function, *args):
 def test_select_is_nine_launches_and_small(block):
     def select():
         with Largest() as mode:
-            aot.flex_prefill("bf16", 128, block)
+            flex_prefill_select.compiled("bf16", 128, block)
         largest.append(mode.elements)
 
     largest = []
@@ -57,7 +67,7 @@ def test_select_is_nine_launches_and_small(block):
 def test_sale_is_small():
     def sale():
         with Largest() as mode:
-            aot.sale("bf16", 128)
+            sale_select.compiled("bf16", 128)
         largest.append(mode.elements)
 
     largest = []
@@ -71,8 +81,10 @@ def test_sale_is_small():
 
 
 def test_prefill_is_one_launch_and_decode_two():
-    assert names(aot.attention, "bf16", 128, 4096) == ["block_sparse_attention_kernel"]
-    decode = aot.launches("sm_90", aot.attention, "bf16", 128, 1, 1, 16)
+    assert names(block_sparse_attention.compiled, "bf16", 128, 4096) == [
+        "block_sparse_attention_kernel"
+    ]
+    decode = aot.launches("sm_90", block_sparse_attention.compiled, "bf16", 128, 1, 1, 16)
     assert [kernel.__name__ for kernel, *_ in decode] == [
         "block_sparse_attention_kernel", "join_splits_kernel"
     ]  # fmt: skip
@@ -83,7 +95,7 @@ def test_prefill_is_one_launch_and_decode_two():
 def test_hip_is_one_launch_and_small():
     """A program per list of blocks; no memory but that of the result."""
     largest = []
-    for function, heads in ((aot.hip, 8), (aot.hip_prune, 8)):
+    for function, heads in ((hip_select.compiled, 8), (hip_prune_select.compiled, 8)):
 
         def select(function=function):
             with Largest() as mode:
@@ -95,7 +107,7 @@ def test_hip_is_one_launch_and_small():
         assert launched[1] == heads * 8192 // 64
     assert largest == [2 * 131072 * 128] * 2  # the keys
     # in decoding the heads that share keys are rows of one tile
-    paged = aot.launches("sm_90", aot.hip_paged, "bf16", 128)
+    paged = aot.launches("sm_90", hip_select.paged, "bf16", 128)
     assert paged[0][1] == 4 * 2 and paged[0][3]["BLOCK_R"] == 16
 
 
@@ -105,7 +117,7 @@ TWO_PASSES = ["cluster_scores_kernel", *KEPT]
 
 @pytest.mark.parametrize("n_queries, level", [(1, KEPT), (16, KEPT), (17, TWO_PASSES)])
 def test_a_lookup_of_two_levels(n_queries, level):
-    found = aot.launches("sm_90", aot.squeezed_lookup, "bf16", 128, n_queries)
+    found = aot.launches("sm_90", squeezed_lookup.compiled, "bf16", 128, n_queries)
     want = [*level, "mark_children_kernel", *level, "list_runs_kernel"]
     assert [kernel.__name__ for kernel, *_ in found] == want
     if n_queries == 1:  # eight query heads of two KV heads: one tile per group, split over clusters
@@ -114,7 +126,7 @@ def test_a_lookup_of_two_levels(n_queries, level):
 
 @pytest.mark.parametrize("n_queries", [1, 1024])
 def test_attention_to_runs_has_a_fixed_grid(n_queries):
-    found = aot.launches("sm_90", aot.squeezed_attend, "bf16", 128, n_queries)
+    found = aot.launches("sm_90", squeezed_attend.compiled, "bf16", 128, n_queries)
     assert [kernel.__name__ for kernel, *_ in found] == [
         "expand_runs_kernel", "squeezed_attend_kernel", "join_units_kernel"
     ]  # fmt: skip
@@ -126,10 +138,10 @@ def test_gathered_tokens_fill_tiles(kv_block):
     """The tile is as full of small blocks as of large ones, for prefill and decode."""
     for n_queries, q_block in ((4096, 128), (1, 1)):
         (_, _, _, small), *_ = aot.launches(
-            "sm_90", aot.attention, "bf16", 128, n_queries, q_block, kv_block
+            "sm_90", block_sparse_attention.compiled, "bf16", 128, n_queries, q_block, kv_block
         )
         (_, _, _, large), *_ = aot.launches(
-            "sm_90", aot.attention, "bf16", 128, n_queries, q_block, 32
+            "sm_90", block_sparse_attention.compiled, "bf16", 128, n_queries, q_block, 32
         )
         assert small["BLOCK_N"] == large["BLOCK_N"] >= 64
         assert small["GATHER"] == (small["BLOCK_N"] % kv_block != 0 or kv_block < 64)
@@ -148,55 +160,31 @@ def test_architectures_that_are_not_listed(arch, table):
 LENGTHS = """
 import json, sys, torch
 from bench import aot
-from sparse_attn.block_index import BlockIndex
-from sparse_attn.triton_kernels import configs
-from sparse_attn.triton_kernels.block_sparse_attention import block_sparse_attention as attend
-from sparse_attn.triton_kernels.block_sparse_attention_backward import (
-    block_sparse_attention_backward as gradient,
-)
-from sparse_attn.triton_kernels.flex_prefill_select import flex_prefill_select as select
-from sparse_attn.triton_kernels.hip_prune_select import hip_prune_select as prune
-from sparse_attn.triton_kernels.hip_select import hip_select as search
-from sparse_attn.triton_kernels.merge_attention_states import merge_attention_states as merge
-from sparse_attn.triton_kernels.sale_estimate import sale_estimate as estimate
-from sparse_attn.triton_kernels.sale_quantize import sale_quantize as quantize
-from sparse_attn.triton_kernels.squeezed_attend import squeezed_attend
-from sparse_attn.triton_kernels.squeezed_lookup import squeezed_lookup
+from tests.ops import all_of
 
-def level(clusters):
-    new = lambda *shape, dtype=torch.float32: torch.empty(shape, dtype=dtype, device="cuda")
-    return (new(1, 2, clusters, 128, dtype=torch.float16), new(1, 2, clusters),
-            new(1, 2, clusters + 1, dtype=torch.int32), new())
+class New:
+    def __init__(self, batch, transposed):
+        self.batch, self.transposed = batch, transposed
 
-def calls(batch, n_queries, n_keys, transposed):
-    new = lambda h, n: (torch.empty(batch, n, h, 128, device="cuda", dtype=torch.float16)
-                        .transpose(1, 2) if transposed else
-                        torch.empty(batch, h, n, 128, device="cuda", dtype=torch.float16))
-    query, key, value = new(8, n_queries), new(2, n_keys), new(2, n_keys)
-    indices, counts, _ = select(query, key)
-    indices = indices.new_empty(batch, 8, -(-n_queries // 128), -(-n_keys // 128))
-    counts = indices.new_empty(indices.shape[:3])
-    out, lse = attend(query, key, value, indices, counts, 128, 128)
-    merge(out, lse, out, lse)
-    quantized, steps, _ = quantize(query)
-    keys, key_steps, _ = quantize(key, None, "key")
-    estimate(quantized, steps, keys, key_steps, lse.new_empty(batch, 8, n_keys), lse)
-    search(query, key)
-    prune(query, key, [256, 32, 8], [32768, 8192, 2048], [4, 4, 1])
-    # a torch without CUDA makes tensors there but cannot sort them
-    transposed = counts.new_empty(batch, 8, -(-n_keys // 128) + 1), indices.flatten(2)
-    BlockIndex.transpose = lambda index, n_keys: transposed
-    gradient(out, lse, query, key, value, out, lse, indices, counts, 128, 128)
-    runs = squeezed_lookup(query, *level(n_keys // 20), *level(n_keys // 99))
-    lengths = torch.empty(batch, dtype=torch.int32, device="cuda")
-    squeezed_attend(query, key, value, key, value, *runs[:3], lengths)
+    def empty(self, *shape, batch=0, dtype=torch.float32):
+        batch = () if batch is None else (batch or self.batch,)
+        return torch.empty((*batch, *shape), dtype=dtype, device="cuda")
+
+    def __call__(self, heads, n):
+        shape = (n, heads, 128) if self.transposed else (heads, n, 128)
+        x = self.empty(*shape, dtype=torch.float16)
+        return x.transpose(1, 2) if self.transposed else x
+
+def calls(new, *lengths):
+    for call in all_of("any_length").values():
+        call(new, *lengths)
 
 found = {}
 for length in (8192, 8193, 16400, 32640):
     for batch in (1, 3):
         for n_queries in (length, 777):
             for transposed in (True, False):
-                args = (batch, n_queries, length, transposed)
+                args = New(batch, transposed), n_queries, length
                 for kernel, _, args, options in aot.launches("sm_90", calls, *args):
                     seen = found.setdefault(kernel.__name__, set())
                     seen.add(repr((aot.specialise(kernel, args, options), sorted(options.items()))))
@@ -209,21 +197,10 @@ def test_lengths_and_batches_alone_compile_nothing_anew():
     text = subprocess.run(
         [sys.executable, "-c", LENGTHS], env=env, check=True, capture_output=True, text=True
     ).stdout
-    most = {
-        "probe_profile_kernel": 2,  # two passes
-        "block_sparse_attention_kernel": 2,  # split over the keys or not
-        "choose_kernel": 2,  # chunks of 128 and of 1024 blocks
-        "list_kernel": 2,
-        "sale_code_kernel": 2,  # queries and keys
-        "sale_list_kernel": 2,
-        "cluster_scores_kernel": 4,  # two passes over each of two levels
-        "test_clusters_kernel": 3,  # the coarse level in chunks of 128 and of 1024, the fine one
-    }
     found = json.loads(text)
-    others = ("block_sparse_attention", "merge_attention_states", "attention_delta",
-              "query_gradient", "key_gradient", "hip_select", "hip_prune_select", "list_runs",
-              "expand_runs", "squeezed_attend", "join_units")  # fmt: skip
-    assert set(found) >= {*SELECT, *(f"{name}_kernel" for name in others)}
+    assert {*SELECT, "join_units_kernel", "sale_threshold_kernel"} <= set(found)
+    most = {kernel: n for table in all_of("COMPILED").values() for kernel, n in table.items()}
+    assert set(most) <= set(found)
     assert not {k: n for k, n in found.items() if n > most.get(k, 1)}
 
 

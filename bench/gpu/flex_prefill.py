@@ -21,7 +21,7 @@ def run(context: Context) -> None:
     from ..inputs import gen  # needs numpy
 
     heads, key_heads = context.size((8, 2), (2, 1))
-    for n in context.size((8192, 32768, 131072), (420,)):
+    for n in context.size((8192, 32768, 131072), (300,)):
         if not context.enough(12, f"FlexPrefill {n}"):
             return
         arrays = gen(7, n, "sharp", Hq=heads, Hkv=key_heads, D=context.size(128, 48))

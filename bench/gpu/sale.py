@@ -19,7 +19,7 @@ def run(context: Context) -> None:
     from ..inputs import gen  # needs numpy
 
     heads, key_heads = context.size((8, 2), (2, 1))
-    for n in context.size((65536, 131072), (420,)):
+    for n in context.size((65536, 131072), (300,)):
         if not context.enough(8, f"SALE {n}"):
             return
         arrays = gen(7, n, "sharp", Hq=heads, Hkv=key_heads, D=context.size(128, 48))

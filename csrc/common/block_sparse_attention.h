@@ -3,40 +3,10 @@
 #include <cmath>
 #include <optional>
 
+#include "key_cache.h"
 #include "stable.h"
 
 namespace sparse_attn {
-
-// What a call on a cache has beside it.
-struct KeyCache {
-  std::optional<Tensor> block_table, kv_lengths;
-
-  // how many keys a sequence has room for
-  int64_t capacity(const Tensor& key) const {
-    return block_table.has_value() ? block_table->size(1) * key.size(2) : key.size(2);
-  }
-};
-
-inline void check_key_cache(const Tensor& query, const Tensor& key, const Tensor& value,
-                            const KeyCache& cache) {
-  const int64_t B = query.size(0);
-  if (cache.kv_lengths.has_value()) {
-    const Tensor& n = *cache.kv_lengths;
-    SA_CHECK(n.dim() == 1 && n.scalar_type() == ScalarType::Int && n.size(0) == B,
-             "kv_lengths: expected int32 [B]");
-  }
-  if (!cache.block_table.has_value()) return;
-  const Tensor& table = *cache.block_table;
-  SA_CHECK(table.dim() == 2 && table.scalar_type() == ScalarType::Int && table.size(0) == B &&
-               table.size(1) > 0,
-           "block_table: expected int32 [B, pages of a sequence], not empty");
-  const int64_t size = key.size(2);
-  SA_CHECK(size >= 16 && size <= 128 && (size & (size - 1)) == 0, "key: page_size is ", size,
-           ", expected 16, 32, 64 or 128");
-  for (const Tensor* t : {&key, &value})
-    SA_CHECK(t->stride(3) == 1 || t->size(3) == 1,
-             "key, value: pages need a contiguous last dimension");
-}
 
 // The Python side says all of this better; a direct call of the overload must be safe as well.
 inline void check_block_sparse_attention(const Tensor& query, const Tensor& key,
@@ -51,10 +21,9 @@ inline void check_block_sparse_attention(const Tensor& query, const Tensor& key,
   dtype_of(query, "query");
   SA_CHECK(key.scalar_type() == query.scalar_type(), "key: dtype differs from query's");
   SA_CHECK(value.scalar_type() == query.scalar_type(), "value: dtype differs from query's");
-  check_key_cache(query, key, value, cache);
-  SA_CHECK((cache.block_table.has_value() || key.size(0) == query.size(0)) &&
-               key.size(3) == query.size(3),
-           "key: batch size or head_dim differs from query's");
+  check_key_cache(query, key, cache);
+  check_pages(value, "value", cache);
+  SA_CHECK(key.size(3) == query.size(3), "key: head_dim differs from query's");
   SA_CHECK(value.size(0) == key.size(0) && value.size(1) == key.size(1) &&
                value.size(2) == key.size(2),
            "value: batch size or pages, number of heads or length differs from key's");
@@ -78,14 +47,6 @@ inline void check_block_sparse_attention(const Tensor& query, const Tensor& key,
   check_scale(scale);
 }
 
-// The cache as kernels read it: lengths in one piece, rows of the table too.
-inline KeyCache readable(const KeyCache& cache) {
-  KeyCache c = cache;
-  if (c.kv_lengths.has_value()) c.kv_lengths = last_dim_contiguous(*c.kv_lengths);
-  if (c.block_table.has_value()) c.block_table = last_dim_contiguous(*c.block_table);
-  return c;
-}
-
 // All but results, blocks, sink, window and causality; `cache` is a readable one.
 inline BlockSparseAttentionParams block_sparse_attention_inputs(
     const Tensor& query, const Tensor& key, const Tensor& value, const Tensor& indices,
@@ -99,16 +60,11 @@ inline BlockSparseAttentionParams block_sparse_attention_inputs(
     p.indices_stride[i] = indices.stride(i), p.counts_stride[i] = counts.stride(i);
   }
   p.B = query.size(0), p.Hq = query.size(1), p.Tq = query.size(2), p.D = query.size(3);
-  p.Hkv = key.size(1), p.Tk = cache.capacity(key), p.Dv = value.size(3);
+  p.Hkv = key.size(1), p.Dv = value.size(3);
   p.Hi = indices.size(1), p.Mq = indices.size(2), p.K = indices.size(3);
   p.scale = static_cast<float>(scale.value_or(1.0 / std::sqrt(static_cast<double>(p.D))));
   p.dtype = dtype_of(query, "query");
-  if (cache.kv_lengths.has_value()) p.kv_lengths = cache.kv_lengths->const_data_ptr<int32_t>();
-  if (cache.block_table.has_value()) {
-    p.block_table = cache.block_table->const_data_ptr<int32_t>();
-    p.block_table_stride = cache.block_table->stride(0), p.pages = key.size(0);
-    while (key.size(2) >> p.page_bits > 1) ++p.page_bits;
-  }
+  set_key_cache(p, key, cache);
   return p;
 }
 

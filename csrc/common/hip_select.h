@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "hip_params.h"
+#include "key_cache.h"
 #include "stable.h"
 
 namespace sparse_attn {
@@ -14,35 +15,16 @@ namespace sparse_attn {
 // A call through torch.ops has not been checked by anybody.
 inline void check_hip_inputs(const Tensor& query, const Tensor& key, int64_t q_block, int64_t sink,
                              int64_t window, const std::string& representative,
-                             std::optional<double> scale, const std::optional<Tensor>& block_table,
-                             const std::optional<Tensor>& kv_lengths) {
+                             std::optional<double> scale, const KeyCache& cache) {
   SA_CHECK(query.dim() == 4 && query.numel() > 0, "query: expected [B, Hq, Tq, D], not empty");
   SA_CHECK(key.dim() == 4 && key.numel() > 0, "key: expected [B, Hkv, Tk, D], not empty");
   dtype_of(query, "query");
   SA_CHECK(key.scalar_type() == query.scalar_type(), "key: dtype differs from query's");
   SA_CHECK(key.size(3) == query.size(3), "key: head_dim differs from query's");
   SA_CHECK(query.size(1) % key.size(1) == 0, "query: heads are no multiple of key's");
-  const int64_t B = query.size(0);
-  int64_t tokens = key.size(2);
-  if (block_table.has_value()) {
-    SA_CHECK(block_table->dim() == 2 && block_table->scalar_type() == ScalarType::Int &&
-                 block_table->size(0) == B && block_table->size(1) > 0,
-             "block_table: expected int32 [B, max_pages], not empty");
-    SA_CHECK(tokens >= 16 && tokens <= 128 && (tokens & (tokens - 1)) == 0, "key: page_size is ",
-             tokens, ", expected 16, 32, 64 or 128");
-    SA_CHECK(key.stride(3) == 1 || key.size(3) == 1,
-             "key: pages need a contiguous last dimension");
-    tokens *= block_table->size(1);
-  } else {
-    SA_CHECK(key.size(0) == B, "key: batch size differs from query's");
-  }
-  if (kv_lengths.has_value())
-    SA_CHECK(kv_lengths->dim() == 1 && kv_lengths->scalar_type() == ScalarType::Int &&
-                 kv_lengths->size(0) == B,
-             "kv_lengths: expected int32 [B]");
+  check_key_cache(query, key, cache);
+  check_lengths(query.size(2), cache.capacity(key));
   constexpr int64_t kLimit = (int64_t{1} << 31) - 256;
-  SA_CHECK(query.size(2) < kLimit && tokens < kLimit - query.size(2),
-           "query, key: too many tokens together, expected less than ", kLimit);
   SA_CHECK(q_block >= 1 && q_block <= 128, "q_block: got ", q_block, ", expected 1 to 128");
   SA_CHECK(sink >= 0 && sink <= kLimit, "sink: got ", sink, ", expected 0 to ", kLimit);
   SA_CHECK(window >= 0 && window <= kLimit, "window: got ", window, ", expected 0 to ", kLimit);
@@ -51,24 +33,17 @@ inline void check_hip_inputs(const Tensor& query, const Tensor& key, int64_t q_b
   check_scale(scale);
 }
 
-// All but results and what only one of the two selections has.
+// All but results and what only one of the two selections has; `cache` is a readable one.
 inline void set_hip_params(HipParams& p, const Tensor& query, const Tensor& key, int64_t q_block,
                            int64_t kv_block, int64_t sink, int64_t window,
                            const std::string& representative, bool causal,
-                           std::optional<double> scale, const std::optional<Tensor>& block_table,
-                           const std::optional<Tensor>& kv_lengths) {
+                           std::optional<double> scale, const KeyCache& cache) {
   p.query = query.const_data_ptr(), p.key = key.const_data_ptr();
   for (int i = 0; i < 3; ++i) p.query_stride[i] = query.stride(i), p.key_stride[i] = key.stride(i);
   p.B = query.size(0), p.Hq = query.size(1), p.Tq = query.size(2), p.D = query.size(3);
-  p.Hkv = key.size(1), p.Tk = key.size(2);
+  p.Hkv = key.size(1);
   p.Mq = (p.Tq + q_block - 1) / q_block;
-  if (kv_lengths.has_value()) p.kv_lengths = kv_lengths->const_data_ptr<int32_t>();
-  if (block_table.has_value()) {
-    p.block_table = block_table->const_data_ptr<int32_t>();
-    p.block_table_stride = block_table->stride(0), p.pages = key.size(0);
-    while (key.size(2) >> p.page_bits > 1) ++p.page_bits;
-    p.Tk *= block_table->size(1);
-  }
+  set_key_cache(p, key, cache);
   p.q_block = q_block, p.kv_block = kv_block, p.sink = sink, p.window = window;
   const double s = scale.value_or(1);
   p.sign = s > 0 ? 1.0f : s < 0 ? -1.0f : 0.0f;

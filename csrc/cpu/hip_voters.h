@@ -30,15 +30,14 @@ inline std::pair<Tensor, Tensor> hip_inputs(HipParams& p, const Tensor& query, c
                                             bool causal, std::optional<double> scale,
                                             std::optional<Tensor>& block_table,
                                             std::optional<Tensor>& kv_lengths) {
-  check_hip_inputs(query, key, q_block, sink, window, representative, scale, block_table,
-                   kv_lengths);
+  KeyCache cache{block_table, kv_lengths};
+  check_hip_inputs(query, key, q_block, sink, window, representative, scale, cache);
   for (const Tensor& x : {query, key, block_table.value_or(query), kv_lengths.value_or(query)})
     SA_CHECK(x.is_cpu(), "query, key, block_table, kv_lengths: expected CPU tensors");
-  if (block_table.has_value()) block_table = last_dim_contiguous(*block_table);
-  if (kv_lengths.has_value()) kv_lengths = last_dim_contiguous(*kv_lengths);
+  cache = readable(cache), block_table = cache.block_table, kv_lengths = cache.kv_lengths;
   const Tensor q = last_dim_contiguous(query), k = last_dim_contiguous(key);
   set_hip_params(p, q, k, q_block, kv_block, sink, window, representative, causal, scale,
-                 block_table, kv_lengths);
+                 cache);
   check_cache_contents(p);
   return {q, k};
 }

@@ -10,7 +10,7 @@ namespace sparse_attn {
 // Tensors as the kernels read them; they must live until the launch.
 struct HipCudaInputs {
   Tensor query, key;
-  std::optional<Tensor> block_table, kv_lengths;
+  KeyCache cache;
 };
 
 // Checks a call and sets what both selections have.
@@ -19,8 +19,8 @@ inline HipCudaInputs hip_cuda_inputs(
     int64_t sink, int64_t window, const std::string& representative, bool causal,
     std::optional<double> scale, const std::optional<Tensor>& block_table,
     const std::optional<Tensor>& kv_lengths) {
-  check_hip_inputs(query, key, q_block, sink, window, representative, scale, block_table,
-                   kv_lengths);
+  const KeyCache cache{block_table, kv_lengths};
+  check_hip_inputs(query, key, q_block, sink, window, representative, scale, cache);
   check_same_device({{"query", query}, {"key", key}});
   if (block_table.has_value())
     check_same_device({{"query", query}, {"block_table", *block_table}});
@@ -28,11 +28,9 @@ inline HipCudaInputs hip_cuda_inputs(
   SA_CHECK(query.size(3) % 8 == 0 && query.size(3) <= 256, "query: head_dim ", query.size(3),
            ", expected a multiple of 8 up to 256");
   SA_CHECK(dtype_of(query, "query") != DType::f32, "query: expected float16 or bfloat16");
-  HipCudaInputs x{aligned_rows(query), aligned_rows(key), std::nullopt, std::nullopt};
-  if (block_table.has_value()) x.block_table = last_dim_contiguous(*block_table);
-  if (kv_lengths.has_value()) x.kv_lengths = last_dim_contiguous(*kv_lengths);
+  HipCudaInputs x{aligned_rows(query), aligned_rows(key), readable(cache)};
   set_hip_params(p, x.query, x.key, q_block, kv_block, sink, window, representative, causal, scale,
-                 x.block_table, x.kv_lengths);
+                 x.cache);
   return x;
 }
 

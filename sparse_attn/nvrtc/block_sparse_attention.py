@@ -5,14 +5,12 @@ from __future__ import annotations
 import ctypes
 from typing import NamedTuple
 
-import torch
-
 from ..ops.block_sparse_attention import op
-from . import launch
+from . import attention_tile, launch
+from .attention_tile import rows_of, run
 from .launch import Bool, DeviceLimits, DType, Float, Int32, Int64, LaunchPlan, Pointer, Strides
 
-DIMS = (64, 96, 128, 256)
-STAGES, WORK_BYTES, MOST_SPLITS = 3, 256, 128
+MOST_SPLITS = 128
 TENSORS = ("query", "key", "value", "out", "indices", "counts")
 
 
@@ -88,26 +86,18 @@ def _splits(tiles: int, key_tiles: int, processors: int) -> int:
 
 def plan(p: Params, limits: DeviceLimits) -> Plan:
     group, block = p.Hq // p.Hkv, min(p.q_block, p.Tq)
-    dim = next(d for d in DIMS if d >= max(p.D, p.Dv))
-    most, keys = (128, 64) if dim <= 128 else (64, 32)
-    queries = min(block, most)
-    heads = min(group, most // queries) if p.Hq // p.Hi >= group else 1
-    used = queries * heads
-    rows = 16 if used <= 16 else 64 if used <= 64 else 128
-    query_tiles, head_tiles = -(-block // queries), -(-group // heads)
-    tiles = p.B * p.Hkv * p.Mq * query_tiles * head_tiles
+    tile = rows_of(max(p.D, p.Dv), block, group, share=p.Hq // p.Hi >= group)
+    tiles = p.B * p.Hkv * p.Mq * tile.query_tiles * tile.head_tiles
     most_keys = min(p.Tk, p.K * p.kv_block + min(p.sink, p.Tk) + min(p.window, p.Tk))
-    splits = _splits(tiles, most_keys // keys, limits.processors)
+    splits = _splits(tiles, most_keys // tile.keys, limits.processors)
     scratch = (0, 0, 0)
     if splits > 1:
-        parts = tiles * splits * used
+        parts = tiles * splits * tile.queries * tile.heads
         scratch = (-(-tiles * 4 // 16) * 16, parts * p.Dv * 4, parts * 8)
-    warps = keys // 16 if rows == 16 else 4
-    tokens = 2 * keys * 4 * (2 if p.page_bits else 1)
-    shared = rows * dim * 2 + STAGES * keys * dim * 2 + tokens + WORK_BYTES
+    shared = tile.shared_bytes(paged=p.page_bits != 0)
     return Plan(
-        LaunchPlan((tiles * splits, 1, 1), (32 * warps, 1, 1), shared),
-        dim, rows, queries, heads, query_tiles, head_tiles, splits, tiles, *scratch,
+        LaunchPlan((tiles * splits, 1, 1), (tile.threads, 1, 1), shared), *tile, splits, tiles,
+        *scratch,
     )  # fmt: skip
 
 
@@ -115,12 +105,7 @@ def place(p: Params, found: Plan, memory: int) -> int:
     """Fills what the plan decides; returns the bytes that `memory` must have."""
     p.key_row_bytes, p.value_row_bytes = 2 * p.key_stride[2], 2 * p.value_stride[2]
     p.key_page_bytes, p.value_page_bytes = 2 * p.key_stride[0], 2 * p.value_stride[0]
-    for name in ("queries", "heads", "query_tiles", "head_tiles", "splits"):
-        setattr(p, name, getattr(found, name))
-    p.done = memory
-    p.part_values = memory + found.done_bytes
-    p.part_stats = memory + found.done_bytes + found.values_bytes
-    return found.done_bytes + found.values_bytes + found.stats_bytes
+    return attention_tile.place(p, found, memory)
 
 
 def block_sparse_attention(*args):
@@ -135,10 +120,5 @@ def block_sparse_attention(*args):
     results = op.empty(query, key, value, indices, *rest)
     given = cache.get("block_table"), cache.get("kv_lengths")
     p = params(query, key, value, indices, *rest, *given, *results)
-    found = plan(p, launch.limits(query.device))
-    workspace = torch.empty(place(p, found, 0), dtype=torch.uint8, device=query.device)
-    place(p, found, workspace.data_ptr())
-    workspace[: found.done_bytes].zero_()
-    name = f"{launch.NAMES[p.dtype]}, {found.dim}, {found.rows}"
-    launch.run(op.name, f"block_sparse_attention_kernel<{name}>", found.launch, p, query.device)
+    run(op.name, p, place, plan(p, launch.limits(query.device)), query.device)
     return results

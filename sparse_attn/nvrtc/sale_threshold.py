@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from ..ops.sale_threshold import op
 from . import launch
-from .block_sparse_attention import DIMS
+from .attention_tile import DIMS
 from .launch import DeviceLimits, DType, Float, Int64, LaunchPlan, Pointer, Strides
 
 ROWS, THREADS = 64, 128

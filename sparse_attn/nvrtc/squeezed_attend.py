@@ -5,11 +5,9 @@ from __future__ import annotations
 import ctypes
 from typing import NamedTuple
 
-import torch
-
 from ..ops.squeezed_attend import op
 from . import launch
-from .block_sparse_attention import DIMS, STAGES, WORK_BYTES
+from .attention_tile import place, rows_of, run
 from .launch import DeviceLimits, DType, Float, Int32, Int64, LaunchPlan, Pointer, Strides
 
 UNIT_KEYS = 128
@@ -80,36 +78,16 @@ def params(query, key, value, tail_key, tail_value, starts, sums, counts, tail_l
 
 
 def plan(p: Params, limits: DeviceLimits) -> Plan:
-    list_heads = p.Hq // p.Hd
-    dim = next(d for d in DIMS if d >= max(p.D, p.Dv))
-    most, keys = (128, 64) if dim <= 128 else (64, 32)
-    queries = min(p.Tq, most)
-    heads = min(list_heads, most // queries)
-    used = queries * heads
-    rows = 16 if used <= 16 else 64 if used <= 64 else 128
-    query_tiles, head_tiles = -(-p.Tq // queries), -(-list_heads // heads)
-    items = p.B * p.Hd * head_tiles * query_tiles
-    warps = keys // 16 if rows == 16 else 4
-    shared = rows * dim * 2 + STAGES * keys * dim * 2 + 2 * keys * 4 + WORK_BYTES
-    wanted = {16: 3, 64: 2, 128: 1}[rows]
+    tile = rows_of(max(p.D, p.Dv), p.Tq, p.Hq // p.Hd)
+    items, used = p.B * p.Hd * tile.head_tiles * tile.query_tiles, tile.queries * tile.heads
+    wanted, shared = {16: 3, 64: 2, 128: 1}[tile.rows], tile.shared_bytes()
     resident = max(1, min(wanted, limits.shared_bytes // shared))
-    tiles = -(-p.Tk // keys) + -(-p.N // keys)
-    blocks = min(resident * limits.processors, items * -(-tiles // (UNIT_KEYS // keys)))
+    tiles = -(-p.Tk // tile.keys) + -(-p.N // tile.keys)
+    blocks = min(resident * limits.processors, items * -(-tiles // (UNIT_KEYS // tile.keys)))
     return Plan(
-        LaunchPlan((blocks, 1, 1), (32 * warps, 1, 1), shared),
-        dim, rows, queries, heads, query_tiles, head_tiles, items,
+        LaunchPlan((blocks, 1, 1), (tile.threads, 1, 1), shared), *tile, items,
         -(-items * 4 // 16) * 16, blocks * 2 * used * p.Dv * 4, blocks * 2 * used * 8,
     )  # fmt: skip
-
-
-def place(p: Params, found: Plan, memory: int) -> int:
-    """Fills what the plan decides; returns the bytes that `memory` must have."""
-    for name in ("queries", "heads", "query_tiles", "head_tiles", "items"):
-        setattr(p, name, getattr(found, name))
-    p.done = memory
-    p.part_values = memory + found.done_bytes
-    p.part_stats = memory + found.done_bytes + found.values_bytes
-    return found.done_bytes + found.values_bytes + found.stats_bytes
 
 
 def squeezed_attend(*args):
@@ -125,10 +103,5 @@ def squeezed_attend(*args):
     results = op.empty(*call)
     p = params(*call, *results)
     device = rows[0].device
-    found = plan(p, launch.limits(device))
-    workspace = torch.empty(place(p, found, 0), dtype=torch.uint8, device=device)
-    place(p, found, workspace.data_ptr())
-    workspace[: found.done_bytes].zero_()
-    name = f"squeezed_attend_kernel<{launch.NAMES[p.dtype]}, {found.dim}, {found.rows}>"
-    launch.run(op.name, name, found.launch, p, device)
+    run(op.name, p, place, plan(p, launch.limits(device)), device)
     return results

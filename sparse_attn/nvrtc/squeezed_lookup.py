@@ -9,7 +9,7 @@ import torch
 
 from ..ops.squeezed_lookup import op
 from . import launch
-from .block_sparse_attention import DIMS, STAGES
+from .attention_tile import DIMS, STAGES
 from .launch import DeviceLimits, DType, Float, Int32, Int64, LaunchPlan, Pointer, Strides
 
 # csrc/cuda/squeezed_lookup_params.h

@@ -13,6 +13,7 @@ from tests.cases import (
     CUDA,
     DTYPES,
     FLOOR,
+    GARBAGE,
     RUNS,
     TRITON,
     Shape,
@@ -22,41 +23,8 @@ from tests.cases import (
     inputs,
     opcheck,
 )
+from tests.ops.cases_block_sparse_attention import paged, spare
 from tests.ops.test_block_sparse_attention import dense_in_dtype
-
-GARBAGE = torch.tensor([-1, 2**31 - 1, -(2**31)], dtype=torch.int32)
-
-
-def spare(x, lengths):
-    """x with NaN where a sequence has no key."""
-    beyond = torch.arange(x.shape[2]) >= lengths[:, None]
-    return x.masked_fill(beyond[:, None, :, None], torch.nan)
-
-
-def paged(key, value, lengths, page_size, tokens_first=True):
-    """The same keys and values in shuffled pages: (key, value, block_table).
-
-    Pages that no sequence uses hold NaN, places of the table beyond a length hold no page.
-    """
-    batch, heads, capacity = key.shape[:3]
-    per_sequence = capacity // page_size
-    pages = torch.randperm(batch * per_sequence + 3)[: batch * per_sequence]
-    table = pages.reshape(batch, per_sequence).to(torch.int32)
-    caches = []
-    for x in (key, value):
-        shape = (batch * per_sequence + 3, heads, page_size, x.shape[3])
-        if tokens_first:  # [pages, page_size, heads, D] seen as [pages, heads, page_size, D]
-            cache = x.new_full([shape[i] for i in (0, 2, 1, 3)], torch.nan).transpose(1, 2)
-        else:
-            cache = x.new_full(shape, torch.nan)
-        parts = spare(x, lengths).unflatten(2, (per_sequence, page_size)).transpose(1, 2)
-        cache[table.long()] = parts
-        caches.append(cache)
-    unused = torch.arange(per_sequence) * page_size >= lengths[:, None]
-    garbage = GARBAGE[torch.arange(batch * per_sequence) % 3].view(batch, per_sequence)
-    wide = torch.full((batch, per_sequence + 2), -7, dtype=torch.int32)
-    wide[:, :per_sequence] = torch.where(unused, garbage, table)
-    return *caches, wide[:, :per_sequence]
 
 
 def of_sequence(listed, b, n_keys):

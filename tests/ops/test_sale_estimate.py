@@ -14,24 +14,12 @@ from sparse_attn.reference import sale_estimate as reference
 from sparse_attn.reference.sale_quantize import unpack
 from tests.cases import CUDA, Shape, call, inputs, opcheck
 from tests.cases import RUNS as ALL
+from tests.ops.cases_sale_estimate import case
 
 BACKENDS = ("reference", "cpp", "triton", "cuda")  # a backend that has a kernel adds its name
 # in the executor an odd seed has the products of GPUs up to sm_89, an even one those of later ones
 RUNS = [run for run in [*ALL, *CUDA[-2:]] if run[0] in BACKENDS]
 KERNELS = [run for run in RUNS if run[0] != "reference"]
-
-
-def case(Tq=150, Tk=150, D=64, Hq=2, Hkv=1, B=1, kv_block=32, spread=3.4, offset=0.5):
-    """Codes of random tensors and bars that about half of the blocks exceed."""
-    query, key = inputs(Shape(B=B, Hq=Hq, Hkv=Hkv, Tq=Tq, Tk=Tk, D=D))[:2]
-    query = query + offset * torch.randn(D)
-    packed, step, mean = quantize(query, None, "query", backend="reference")
-    k_packed, k_step, k_mean = quantize(key, None, "key", kv_block, backend="reference")
-    of_query = (key - k_mean[:, :, None]).repeat_interleave(Hq // Hkv, 1)
-    bias = (of_query @ mean[..., None])[..., 0]
-    size = (D * (1 + offset**2)) ** 0.5
-    theta = size * (spread + 0.4 * torch.randn(B, Hq, Tq))
-    return packed, step, k_packed, k_step, bias, theta
 
 
 def regions(Tq, Tk, q_block, kv_block, local, sink):
