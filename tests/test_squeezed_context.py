@@ -12,6 +12,7 @@ from sparse_attn.squeezed import SqueezedContext
 from sparse_attn.squeezed import kmeans as module
 from sparse_attn.squeezed.calibrate import threshold_of, weighted_quantile
 from sparse_attn.squeezed.kmeans import kmeans, segmented, split_giants, sums_by_label
+from sparse_attn.squeezed.pages import moved
 from tests.squeezed_cases import FLAT, HIERARCHICAL, recorded
 
 
@@ -384,3 +385,14 @@ def test_what_is_kept_lies_in_few_runs(options):
         shuffled = kept[torch.randperm(len(kept))]
         other = shuffled & ~F.pad(shuffled, (1, 0))[:-1]
         assert 0 < runs[head] < 0.8 * other.sum()
+
+
+@pytest.mark.parametrize("shape", [(1, 2, 3, 8), (1, 2, 2**13 + 1, 128), (1, 2, 0, 8)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_large_pages_hold_the_same(shape, dtype):
+    x = torch.randn(shape).to(dtype)
+    got = moved(x)
+    assert got.is_contiguous() and got.dtype == dtype and torch.equal(got, x)
+    got.zero_()
+    del x
+    assert (got == 0).all()
