@@ -246,6 +246,11 @@ def test_command_line(tmp_path, capsys):
     assert figure.stat().st_size < 100_000
     asked = command(capsys, "run", file, "--ask", "def ", "--tokens", 2, "--sparsity", 0)
     assert "nominal 100%" in asked and "layer 0: input 100.0%, generated 100.0%" in asked
+    text.write_text("another text")
+    with pytest.raises(SystemExit, match="--text: .*does not begin as the one"):
+        command(capsys, "run", file, "--text", text)
+    with pytest.raises(SystemExit, match="--ask: got an empty question"):
+        command(capsys, "run", file, "--ask", "")
 
 
 @pytest.mark.parametrize(
@@ -256,6 +261,8 @@ def test_command_line(tmp_path, capsys):
         (("build", "x", "--model", "nowhere"), "no config.json in nowhere"),
         (("build", "x", "--length", "300", "--sparsity", "1"), "sparsity: got 1.0"),
         (("build", "x", "--length", "100"), "100 tokens, expected more than window, 100"),
+        (("build", "x", "--length", "0"), "--length: got 0, expected 1 or more"),
+        (("run", "x", "--tokens", "0"), "--tokens: got 0, expected 1 or more"),
         (("build", "no/x"), "file: no folder .*no"),
         (("run", "x", "--figure", "no/x.png"), "--figure: no folder .*no"),
     ],
