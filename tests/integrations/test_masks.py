@@ -10,7 +10,7 @@ def test_every_row_of_a_long_mask_is_read():
     n_queries, n_keys = 2 * masks.ROWS + 5, 2 * masks.ROWS + 50
     i, j = torch.arange(n_queries)[:, None], torch.arange(n_keys)
     seen = (j <= i + 45) & (j >= 60)
-    assert masks.span(seen) == (slice(15, n_queries), slice(60, n_keys))
+    assert masks.span(seen) == masks.Span(slice(15, n_queries), slice(60, n_keys))
     for row in (0, masks.ROWS - 1, masks.ROWS, n_queries - 1):
         other = seen.clone()
         other[row, 100] ^= True
@@ -48,7 +48,7 @@ def test_the_real_part_is_found(window):
                     seen = (j <= stand) & (j >= start) & (j < end)
                     if window is not None:
                         seen &= j > stand - window
-                    queries, keys = masks.span(seen, window)
+                    queries, keys, last = masks.span(seen, window)
                     rows = torch.arange(past, chunk_end)
                     real = (rows >= start) & (rows < end)
                     got = torch.zeros(len(rows), dtype=torch.bool)
@@ -56,6 +56,9 @@ def test_the_real_part_is_found(window):
                     if not real.any():  # padding: what is computed for it is not looked at
                         continue
                     assert torch.equal(got, real)
+                    behind = seen[-1].nonzero().flatten() if chunk_end > end else j[:0]
+                    want = slice(int(behind[0]), int(behind[-1]) + 1) if len(behind) else None
+                    assert last == want
                     # the last real query sees the last real key: aligned as attention wants it
                     assert keys.stop == rows[real][-1] + 1
                     assert torch.equal(seen[real].any(0).nonzero()[0], torch.tensor([keys.start]))
@@ -64,7 +67,7 @@ def test_the_real_part_is_found(window):
 def test_a_window_of_another_size_is_refused():
     i, j = torch.arange(20)[:, None], torch.arange(20)
     seen = (j <= i) & (j > i - 5)
-    assert masks.span(seen, 5) == (slice(0, 20), slice(0, 20))
+    assert masks.span(seen, 5) == masks.Span(slice(0, 20), slice(0, 20))
     for window in (None, 4, 6):
         with pytest.raises(NotImplementedError, match="^attention_mask: .*sliding windows that a"):
             masks.span(seen, window)
