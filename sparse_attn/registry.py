@@ -271,32 +271,38 @@ class Op:
 
         Where it is `asked` for by name; without, why it does not.
         """
-        device = next(a.device.type for a in args if isinstance(a, torch.Tensor))
-        found: dict[str, str | None] = {}
-        for row in self.impls:
-            if not row.is_for(device) and not (row.backend == "triton" and env.interpreted()):
-                found[row.backend] = f"runs on {row.device} tensors, these are on {device}"
-            elif row.missing is not None:
-                found[row.backend] = row.missing
-            else:
-                verdict = row.when(*args)
-                if verdict is True and not asked:
-                    verdict = row.unasked(*args)
-                found[row.backend] = None if verdict is True else str(verdict)
+        found = {row.backend: self._refusal(row, args, asked) for row in self.impls}
         for backend in BACKENDS:
             found.setdefault(backend, "not implemented for this operator")
         return found
 
+    def refusal(self, backend: str, args: tuple[Any, ...], asked: bool = True) -> str | None:
+        """`reasons` of one backend that has an implementation."""
+        row = next(row for row in self.impls if row.backend == backend)
+        return self._refusal(row, args, asked)
+
+    def _refusal(self, row: Impl, args: tuple[Any, ...], asked: bool) -> str | None:
+        device = next(a.device.type for a in args if isinstance(a, torch.Tensor))
+        if not row.is_for(device) and not (row.backend == "triton" and env.interpreted()):
+            return f"runs on {row.device} tensors, these are on {device}"
+        if row.missing is not None:
+            return row.missing
+        verdict = row.when(*args)
+        if verdict is True and not asked:
+            verdict = row.unasked(*args)
+        return None if verdict is True else str(verdict)
+
     def select(self, args: tuple[Any, ...], backend: str | None = None) -> Impl:
         """The implementation that serves a call; raises with every reason if there is none."""
         backend = requested(backend)
-        reasons = self.reasons(args, asked=backend is not None)
+        asked = backend is not None
         device = args[0].device.type
         for row in self.impls:
             # off its device, under Triton's interpreter, a row serves on request only
-            chosen = row.is_for(device) if backend is None else row.backend == backend
-            if chosen and reasons[row.backend] is None:
+            chosen = row.backend == backend if asked else row.is_for(device)
+            if chosen and self._refusal(row, args, asked) is None:
                 return row
+        reasons = self.reasons(args, asked)
         shown = reasons if backend is None else {backend: reasons[backend]}
         lines = "\n".join(f"  {name}: {why}" for name, why in shown.items())
         raise NotImplementedError(f"{NS}::{self.name} cannot serve\n{_describe(args)}\n{lines}")

@@ -23,8 +23,8 @@ def compose(
             call = (query, key, value)
             if table_of is not None:
                 call = (*call, *[None] * 8, table_of(options))
-            refused = select.reasons((query, key, *options))[backend]
-            return refused or attend.reasons(call)[backend] or True
+            refused = select.refusal(backend, (query, key, *options))
+            return refused or attend.refusal(backend, call) or True
 
         return when
 
@@ -33,7 +33,7 @@ def compose(
         op.composite(backend, device, run, of=parts, when=parts_serve(backend))
 
     def unasked(query: Any, key: Any, value: Any, *options: Any) -> bool | str:
-        return select.reasons((query, key, *options), asked=False)["reference"] or True
+        return select.refusal("reference", (query, key, *options), asked=False) or True
 
     op.composite("reference", "any", run, of=parts, unasked=unasked)
     op.autocast(3)

@@ -59,8 +59,8 @@ def _run(backend, query, key, threshold, q_block, kv_block, local, sink, share_k
 
 def _parts_serve(backend):
     def when(query, key, *options):
-        refused = quantize.reasons((query, None, "query", 32))[backend]
-        return refused or bar.reasons((query, key))[backend] or True
+        refused = quantize.refusal(backend, (query, None, "query", 32))
+        return refused or bar.refusal(backend, (query, key)) or True
 
     return when
 

@@ -62,7 +62,7 @@ def _run(backend, query, key, key_mean, threshold, q_block, kv_block, local, sin
 
 def _parts_serve(backend):
     def when(query, key, *options):
-        return attend.reasons((query, key, key))[backend] or True
+        return attend.refusal(backend, (query, key, key)) or True
 
     return when
 

@@ -55,9 +55,9 @@ def _overload(op, backend):
 
 def _parts_serve(backend):
     def when(query, key, value, tail_key, tail_value, centroids, *rest):
-        refused = lookup.reasons((query, centroids, *rest[:-2], rest[-1]))[backend]
+        refused = lookup.refusal(backend, (query, centroids, *rest[:-2], rest[-1]))
         tensors = (query, key, value, tail_key, tail_value)
-        return refused or attend.reasons(tensors)[backend] or True
+        return refused or attend.refusal(backend, tensors) or True
 
     return when
 
