@@ -32,3 +32,13 @@ def available() -> tuple[str, ...]:
 
 
 BEST = available()[-1] if _ext.cpp_missing is None else "portable"  # what is used by default
+
+
+def model_dtype(device: str = "cpu") -> torch.dtype:
+    """The dtype in which to run a model: bfloat16, on a CPU only if it multiplies bfloat16.
+
+    On others PyTorch takes many times as long in bfloat16 as in float32, beside which any kernel
+    would look fast.
+    """
+    slow = device == "cpu" and BEST not in ("avx512bf16", "amx")
+    return torch.float32 if slow else torch.bfloat16

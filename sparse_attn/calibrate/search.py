@@ -29,7 +29,8 @@ SEARCHED: dict[str, tuple[str, tuple[Any, ...]]] = {
     ),
     "sale": ("threshold", (0.1, 0.03, 0.016, 0.008, 0.004, 0.002, 0.001, 0.0003)),
 }
-DENSE = {("sale", "threshold"): 0.0}  # what makes a single head dense
+# what makes a single head dense
+DENSE = {("sale", "threshold"): 0.0, ("flex_prefill", "gamma"): 1.0}
 MASSES = (0.8, 0.85, 0.9, 0.93, 0.95, 0.97, 0.98, 0.99, 0.995, 0.998)  # tried for a loss
 
 

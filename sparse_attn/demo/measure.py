@@ -15,6 +15,7 @@ from tqdm import tqdm
 from transformers import LlamaForCausalLM
 
 from .. import METHODS, api, mass
+from ..cpu_isa import model_dtype
 from ..methods import meant
 from ..plot import plot_mass
 from ..probe import BASELINE, Probe, register_probe
@@ -67,7 +68,7 @@ def main(args: argparse.Namespace) -> None:
         args.out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise SystemExit(f"--out: {error}") from error
-    model = LlamaForCausalLM.from_pretrained(args.model, dtype=torch.bfloat16).eval()
+    model = LlamaForCausalLM.from_pretrained(args.model, dtype=model_dtype()).eval()
     print(f"{api.info()}\n")
     rows: list[dict[str, Any]] = []
     steps = len(prompts) * len(probes) * (args.repeats + 1)
@@ -139,7 +140,8 @@ def print_table(rows: list[dict[str, Any]], probes: dict[str, Probe]) -> None:
             )
         )
     print(
-        f"\n{BASELINE}: dense attention of PyTorch, the baseline of both speed-ups. density: share "
+        f"\n{BASELINE}: dense attention of PyTorch, the baseline of both speed-ups, all in "
+        f"{str(model_dtype()).removeprefix('torch.')}. density: share "
         "of the causal blocks computed.\nneedles: share of the planted digits predicted at the end "
         "of the prompt. The model was trained on up to 4,096 bytes:\nbeyond that dense attention "
         "loses needles too, so compare each method with sdpa at the same length."

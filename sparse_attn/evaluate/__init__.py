@@ -44,8 +44,8 @@ def add_place(parser: argparse.ArgumentParser) -> None:
     """Where and in what the model runs."""
     parser.add_argument("--device", default=None, help="(default: cuda where there is one)")
     parser.add_argument(
-        "--dtype", default="bfloat16", choices=["bfloat16", "float16", "float32"],
-        help="of the weights (default: %(default)s)",
+        "--dtype", choices=["bfloat16", "float16", "float32"],
+        help="of the weights (default: bfloat16; float32 on CPUs that do not multiply bfloat16)",
     )  # fmt: skip
 
 

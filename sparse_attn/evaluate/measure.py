@@ -18,6 +18,7 @@ from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from .. import __version__, cpu_isa
+from ..cpu_isa import model_dtype
 from ..demo.text import Prompt, corpus
 from ..integrations import squeezed
 from ..integrations.transformers import register_function
@@ -102,7 +103,7 @@ def open_results(
     settings = {
         "model": str(args.model), "weights": checksum(model),
         "text": f"{args.text or 'Python standard library'} (sha256 {content})",
-        "samples": args.samples, "depths": args.depths, "dtype": args.dtype,
+        "samples": args.samples, "depths": args.depths, "dtype": dtype_of(args),
         "device": device_of(args), "version": __version__,
         "machine": machine(torch.device(device_of(args))),
     }  # fmt: skip
@@ -145,12 +146,17 @@ def device_of(args: argparse.Namespace) -> str:
     return args.device or ("cuda" if torch.cuda.is_available() else "cpu")
 
 
+def dtype_of(args: argparse.Namespace) -> str:
+    default = model_dtype(torch.device(device_of(args)).type)
+    return args.dtype or str(default).removeprefix("torch.")
+
+
 def load(args: argparse.Namespace, text: str) -> tuple[Any, Source]:
     """The model, and the text as its tokens: bytes for a vocabulary of 256."""
     if args.model.startswith((".", "/")) and not Path(args.model).exists():
         raise SystemExit(f"--model: there is no {args.model}")  # not to be looked for elsewhere
     try:
-        model = AutoModelForCausalLM.from_pretrained(args.model, dtype=getattr(torch, args.dtype))
+        model = AutoModelForCausalLM.from_pretrained(args.model, dtype=getattr(torch, dtype_of(args)))
         if model.config.get_text_config().vocab_size == 256:
             return model.to(device_of(args)).eval(), Source(text, lambda s: list(s.encode()))
         tokenizer = AutoTokenizer.from_pretrained(args.model)

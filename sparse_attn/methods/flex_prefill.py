@@ -10,6 +10,7 @@ import torch
 from ..block_index import BlockIndex
 from ..ops import flex_prefill_select as ops
 from ..registry import Op
+from . import _by_head as by_head
 
 
 @dataclass(frozen=True)
@@ -18,7 +19,7 @@ class FlexPrefill:
 
     Attributes:
         gamma: share of the attention mass to keep (paper: gamma); above 0, default 0.95. 1 or
-            more keeps every block.
+            more keeps every block. One number, or one per query head.
         tau: a head whose pooled estimate is closer than this to its true block map, as the square
             root of the Jensen-Shannon divergence, chooses per query block (paper: tau, sec. 3.2);
             0 or more, default 0.1.
@@ -28,7 +29,7 @@ class FlexPrefill:
         variant: "exact" (ours) or "official" (the published code's choices, for comparison).
     """
 
-    gamma: float = 0.95
+    gamma: float | tuple[float, ...] = 0.95
     tau: float = 0.1
     min_budget: int = 1024
     max_budget: int | None = None
@@ -36,20 +37,25 @@ class FlexPrefill:
     variant: str = "exact"
 
     name: ClassVar[str] = "flex_prefill"
+    by_head: ClassVar[str] = "gamma"
 
     def __post_init__(self) -> None:
-        ops.check_options(
-            self.gamma, self.tau, self.min_budget, self.max_budget, self.block_size, self.variant
-        )
+        by_head.freeze(self)
+        for gamma in by_head.each(self):
+            ops.check_options(
+                gamma, self.tau, self.min_budget, self.max_budget, self.block_size, self.variant
+            )
 
     def why_not(self, query: torch.Tensor, key: torch.Tensor, causal: bool) -> str | None:
+        by_head.check_heads(self, query)
         return ops.why_not(causal)
 
     def selector(
         self, query: torch.Tensor, key: torch.Tensor, causal: bool, scale: float | None
     ) -> tuple[Op, tuple[Any, ...]]:
+        gamma = max(by_head.each(self))
         return ops.op, (
-            query, key, self.gamma, self.tau, self.min_budget, self.max_budget, self.block_size,
+            query, key, gamma, self.tau, self.min_budget, self.max_budget, self.block_size,
             self.variant, causal, scale,
         )  # fmt: skip
 
@@ -62,6 +68,9 @@ class FlexPrefill:
         scale: float | None = None,
         backend: str | None = None,
     ) -> BlockIndex:
+        if by_head.values(self):
+            options = {"causal": causal, "scale": scale, "backend": backend}
+            return by_head.select(self, query, key, **options)
         op, args = self.selector(query, key, causal, scale)
         indices, counts, _ = op(*args, backend=backend)
         return BlockIndex(indices, counts, self.block_size, self.block_size)

@@ -13,6 +13,7 @@ from ..ops import hip_select as ops
 from ..ops._hip_kernels import n_tokens
 from ..ops.block_sparse_attention import op as attend
 from ..registry import Op
+from . import _by_head as by_head
 
 
 class Search:
@@ -21,6 +22,7 @@ class Search:
     takes_cache: ClassVar[bool] = True
 
     def why_not(self, query: torch.Tensor, key: torch.Tensor, causal: bool) -> str | None:
+        by_head.check_heads(self, query)
         return None
 
     def select(
@@ -34,6 +36,10 @@ class Search:
         block_table: torch.Tensor | None = None,
         kv_lengths: torch.Tensor | None = None,
     ) -> BlockIndex:
+        if by_head.values(self):
+            cache = {"block_table": block_table, "kv_lengths": kv_lengths}
+            options = {"causal": causal, "scale": scale, "backend": backend, **cache}
+            return by_head.select(self, query, key, **options)
         op, args = self.selector(query, key, causal, scale, block_table, kv_lengths)
         indices, counts = op(*args, backend=backend)
         return BlockIndex(indices, counts, self.q_block, self.kv_block, self.sink, self.window)
@@ -44,7 +50,8 @@ class HiP(Search):
     """Keeps about `budget` tokens per query block, beside a sink and a window.
 
     Attributes:
-        budget: tokens that the search keeps (paper: k); 1 or more, default 512.
+        budget: tokens that the search keeps (paper: k); 1 or more, default 512. One number, or
+            one per query head, without `share_kv_heads`.
         q_block: queries that share a choice (b_q); 1 to 128, default 64 (paper: 32, 64).
         kv_block: tokens per block of keys (b_k); 1 to 128, default 2.
         q_stride: every so many queries votes (b_sq); 1 to 128, default 2; q_block
@@ -59,7 +66,7 @@ class HiP(Search):
             them, instead of one per query head (paper).
     """
 
-    budget: int = 512
+    budget: int | tuple[int, ...] = 512
     q_block: int = 64
     kv_block: int = 2
     q_stride: int = 2
@@ -71,14 +78,17 @@ class HiP(Search):
     share_kv_heads: bool = False
 
     name: ClassVar[str] = "hip"
+    by_head: ClassVar[str] = "budget"
 
     def __post_init__(self) -> None:
-        ops.check_options(
-            self.budget, self.q_block, self.kv_block, self.q_stride, self.key_stride, self.sink,
-            self.window, self.representative, self.branch,
-        )  # fmt: skip
-        if not isinstance(self.share_kv_heads, bool):
-            raise TypeError(f"share_kv_heads: got {self.share_kv_heads!r}, expected True or False")
+        by_head.freeze(self)
+        for budget in by_head.each(self):
+            ops.check_options(
+                budget, self.q_block, self.kv_block, self.q_stride, self.key_stride, self.sink,
+                self.window, self.representative, self.branch,
+            )  # fmt: skip
+        check.boolean("share_kv_heads", self.share_kv_heads)
+        by_head.refuse_shared(self, "share_kv_heads", False)
 
     def selector(
         self,
@@ -89,8 +99,9 @@ class HiP(Search):
         block_table: torch.Tensor | None = None,
         kv_lengths: torch.Tensor | None = None,
     ) -> tuple[Op, tuple[Any, ...]]:
+        budget = max(by_head.each(self))
         return ops.op, (
-            query, key, self.budget, self.q_block, self.kv_block, self.q_stride, self.key_stride,
+            query, key, budget, self.q_block, self.kv_block, self.q_stride, self.key_stride,
             self.sink, self.window, self.representative, self.branch, self.share_kv_heads, causal,
             scale, block_table, kv_lengths,
         )  # fmt: skip

@@ -9,6 +9,7 @@ import torch
 
 from ..ops import hip_prune_select as ops
 from ..registry import Op
+from . import _by_head as by_head
 from .hip import Search
 
 
@@ -20,6 +21,7 @@ class InfiniteHiP(Search):
         chunks: tokens per chunk of each stage (paper: l_c); each divides the one before, the last,
             1 to 128, is the block size of the choice. Default (256, 32, 8), as in the paper.
         keeps: tokens that each stage keeps; the last is the budget. Default (32768, 8192, 2048).
+            Or a tuple of them, one per query head, with `merge_heads="none"`.
         q_strides: in each stage every so many queries votes (b_sq); default (4, 4, 1).
         q_block: queries that share a choice (b_q); 1 to 128, default 64.
         sink: first tokens that every query attends to (n_sink); default 256.
@@ -31,7 +33,7 @@ class InfiniteHiP(Search):
     """
 
     chunks: tuple[int, ...] = (256, 32, 8)
-    keeps: tuple[int, ...] = (32768, 8192, 2048)
+    keeps: tuple[int, ...] | tuple[tuple[int, ...], ...] = (32768, 8192, 2048)
     q_strides: tuple[int, ...] = (4, 4, 1)
     q_block: int = 64
     sink: int = 256
@@ -40,13 +42,17 @@ class InfiniteHiP(Search):
     merge_heads: str = "none"
 
     name: ClassVar[str] = "infinite_hip"
+    by_head: ClassVar[str] = "keeps"
 
     def __post_init__(self) -> None:
-        ops.check_options(
-            self.chunks, self.keeps, self.q_strides, self.q_block, self.sink, self.window,
-            self.representative, self.merge_heads,
-        )  # fmt: skip
-        for name in ("chunks", "keeps", "q_strides"):  # a list has no hash
+        by_head.freeze(self)
+        for keeps in by_head.each(self):
+            ops.check_options(
+                self.chunks, keeps, self.q_strides, self.q_block, self.sink, self.window,
+                self.representative, self.merge_heads,
+            )  # fmt: skip
+        by_head.refuse_shared(self, "merge_heads", "none")
+        for name in ("chunks", "q_strides"):  # a list has no hash
             object.__setattr__(self, name, tuple(getattr(self, name)))
 
     @property
@@ -62,8 +68,10 @@ class InfiniteHiP(Search):
         block_table: torch.Tensor | None = None,
         kv_lengths: torch.Tensor | None = None,
     ) -> tuple[Op, tuple[Any, ...]]:
+        # by stage the most that a head keeps
+        keeps = [max(stage) for stage in zip(*by_head.each(self), strict=True)]
         return ops.op, (
-            query, key, list(self.chunks), list(self.keeps), list(self.q_strides), self.q_block,
+            query, key, list(self.chunks), keeps, list(self.q_strides), self.q_block,
             self.sink, self.window, self.representative, self.merge_heads, causal, scale,
             block_table, kv_lengths,
         )  # fmt: skip

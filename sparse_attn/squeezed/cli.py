@@ -72,14 +72,13 @@ def run(args: argparse.Namespace) -> None:
         raise SystemExit(str(error)) from error
 
 
-def _load_model(folder: Path) -> tuple[Any, Any]:
+def _load_model(folder: Path, dtype: Any) -> tuple[Any, Any]:
     """A model and its tokenizer, None for the byte-level demonstration model."""
-    import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     if not (folder / "config.json").exists():
         raise SystemExit(f"--model: no config.json in {folder}")
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).eval()
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
     has_tokenizer = any(folder.glob("tokenizer*"))
     return model, AutoTokenizer.from_pretrained(folder) if has_tokenizer else None
 
@@ -107,6 +106,7 @@ def _decode(tokenizer: Any, ids: list[int]) -> str:
 def build(args: argparse.Namespace) -> None:
     import torch
 
+    from ..cpu_isa import model_dtype
     from ..demo.text import corpus
     from ..integrations.squeezed import prepare
     from .context import Parameters
@@ -116,7 +116,7 @@ def build(args: argparse.Namespace) -> None:
     Parameters(**options)
     _positive("--length", args.length)
     _writable("file", args.file)
-    model, tokenizer = _load_model(args.model)
+    model, tokenizer = _load_model(args.model, model_dtype())
     ids = _encode(tokenizer, corpus(args.text))[: args.length]
     start = time.perf_counter()
     context = prepare(model, torch.tensor(ids), **options)
@@ -160,7 +160,7 @@ def ask(args: argparse.Namespace) -> None:
     context = SqueezedContext.load(args.file)
     if args.sparsity is not None:
         context = context.with_sparsity(args.sparsity)
-    model, tokenizer = _load_model(args.model)
+    model, tokenizer = _load_model(args.model, context.layers[0].key.dtype)
     if context.tokens is None:
         raise SystemExit(f"{args.file} holds no tokens: it was not written by `squeeze build`")
     if args.ask is None:

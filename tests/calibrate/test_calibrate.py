@@ -165,7 +165,10 @@ def test_a_head_that_no_value_satisfies_is_dense():
         (("--field", "size", "--values", 1), r"--field: flex_prefill has no 'size'; it has \['b"),
         (("--field", "tau"), "--field and --values: what to search"),
         (("--values", -1), "--values: gamma"),
-        (("--heads",), "--values with --heads: "),
+        (
+            ("--heads", "--field", "tau", "--values", 1),
+            "--values with --heads: tau: got .*a number",
+        ),
         (("--mass", 1.5), "--mass: got 1.5, expected a number above 0, 1 at most"),
         (("--loss", 0), "--loss: got 0.0, expected a number above 0"),
         (("--length", 0), "--length: got 0, expected 2 or more"),
