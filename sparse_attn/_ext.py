@@ -7,6 +7,7 @@ from importlib import import_module
 from importlib.util import find_spec, module_from_spec, spec_from_file_location
 from pathlib import Path
 from typing import Any
+from warnings import warn
 
 OLDEST_TORCH = (2, 11)
 
@@ -25,10 +26,25 @@ def _load(module: str, name: str, built: str) -> str | None:
         import_module(f"sparse_attn.{module}")
     except ModuleNotFoundError:
         reason = _build_info(built) or "run `pip install -e .` in the checkout"
+        if module == "_C" and (hidden := _hidden()):
+            reason = (
+                f"this is the checkout {Path(__file__).parents[1]}, which hides {hidden}: "
+                "run `pip install -e .` in it, or start elsewhere"
+            )
+            warn(f"sparse_attn without its kernels: {reason}", stacklevel=2)
         return f"{name} not built ({reason})"
     except ImportError as error:
         return f"{name} does not load ({error}): reinstall against this torch"
     return None
+
+
+def _hidden() -> Path | None:
+    """Where this package is installed with its kernels, if this is a checkout that hides it."""
+    package = Path(__file__).parent
+    if not (package.parent / "setup.py").exists():
+        return None
+    folders = (Path(folder) / package.name for folder in sys.path if folder)
+    return next((f for f in folders if f != package and any(f.glob("_C.*"))), None)
 
 
 def _build_info(name: str) -> Any:

@@ -59,8 +59,8 @@ def attention(
         key: [B, Hkv, Tk, D]; query head h reads KV head h // (Hq // Hkv).
         value: [B, Hkv, Tk, Dv].
         method: a name or a config such as `FlexPrefill(gamma=0.9)`.
-        index: attend to these blocks instead of selecting any, whatever `method` is; a batch of 1
-            serves every batch.
+        index: attend to these blocks instead of selecting any; `method` is not looked at. A batch
+            of 1 serves every batch.
         causal: query i stands at position Tk - Tq + i and sees keys up to itself (bottom-right
             aligned, unlike torch's `is_causal`).
         scale: multiplies query @ key; None for 1 / sqrt(D).
@@ -91,6 +91,7 @@ def attention(
     why_dense = selector = None
     dense = False
     if index is not None:
+        resolve(method)
         chosen, name = _given(index, query), "index"
     else:
         config = _able(method, query, key, causal, cache)
@@ -124,6 +125,8 @@ def _cache(block_table: Any, kv_lengths: Any) -> dict[str, Any]:
 
 def _check(query: Any, key: Any, value: Any, causal: Any, scale: Any, cache: dict[str, Any]) -> int:
     """The checks of arguments before any choice; returns how many keys there is room for."""
+    if value is None:
+        raise TypeError("value: expected a tensor [B, Hkv, Tk, Dv], got None")
     capacity = check.cache(query, key, value, **cache)
     check.boolean("causal", causal)
     check.finite_scale(scale)
@@ -245,7 +248,7 @@ def select(
     and errors as of `attention`, but for the dense path: the method always chooses.
     """
     cache = _cache(block_table, kv_lengths)
-    capacity = _check(query, key, None, causal, scale, cache)
+    capacity = _check(query, key, key, causal, scale, cache)  # values would be like the keys
     backend = requested(backend)
     config = _able(method, query, key, causal, cache)
     return _choose(config, query, key, causal, scale, backend, cache, capacity)
@@ -275,6 +278,7 @@ def explain(
     capacity = _check(query, key, value, causal, scale, cache)
     backend = requested(backend)
     if index is not None:
+        resolve(method)
         lines, chosen = ["over the index given"], _given(index, query)
     else:
         config = resolve(method)

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
+from .brief import brief
 from .ops import _checks as check
 from .reference.block_sparse_attention import block_mask, check_index
 
@@ -35,6 +36,8 @@ class BlockIndex(NamedTuple):
     kv_block: int
     sink: int = 0
     window: int = 0
+
+    __repr__ = brief
 
     @property
     def blocks(self) -> tuple[torch.Tensor, torch.Tensor, int, int]:

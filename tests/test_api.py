@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import sparse_attn
-from sparse_attn import METHODS, BlockIndex, FlexPrefill, HiP, InfiniteHiP, Sale, crossover
+from sparse_attn import METHODS, BlockIndex, FlexPrefill, HiP, InfiniteHiP, Sale, cpu_isa, crossover
 from tests import hip
 from tests.cases import Shape, inputs
 from tests.ops.test_flex_prefill_select import structured
@@ -293,3 +293,40 @@ def test_methods_say_what_they_cannot_do():
             sparse_attn.attention(query, key, value, name)
     with pytest.raises(TypeError, match="method: got 3"):
         sparse_attn.attention(query, key, value, 3)
+
+
+@pytest.mark.parametrize("call", [sparse_attn.attention, sparse_attn.explain])
+def test_a_misspelt_method_beside_an_index(call):
+    query, key, value = inputs(Shape(Hq=2, Hkv=2, Tq=64, Tk=64, D=32))
+    index = sparse_attn.select(query, key, "dense")
+    with pytest.raises(ValueError, match="^method: got 'hipp', .* did you mean 'hip'"):
+        call(query, key, value, "hipp", index=index)
+
+
+@pytest.mark.parametrize("call", [sparse_attn.attention, sparse_attn.explain])
+def test_no_value(call):
+    query, key, _ = inputs(Shape(Hq=2, Hkv=2, Tq=64, Tk=64, D=32))
+    with pytest.raises(TypeError, match="^value: expected a tensor"):
+        call(query, key, None, "dense")
+
+
+def test_an_option_that_the_method_lacks():
+    query, key, value = inputs(Shape(Hq=2, Hkv=2, Tq=64, Tk=64, D=32))
+    with pytest.raises(ValueError, match=r"^options: hip has no \['budge'\].*mean 'budget'"):
+        torch.ops.sparse_attn.attention(query, key, value, "hip", '{"budge": 3}')
+
+
+@pytest.mark.parametrize(
+    ("best", "device", "dtype"),
+    [
+        ("avx2", "cpu", torch.float32),
+        ("avx512", "cpu", torch.float32),
+        ("portable", "cpu", torch.float32),
+        ("avx512bf16", "cpu", torch.bfloat16),
+        ("amx", "cpu", torch.bfloat16),
+        ("avx2", "cuda", torch.bfloat16),
+    ],
+)
+def test_models_run_in_what_the_hardware_multiplies(monkeypatch, best, device, dtype):
+    monkeypatch.setattr(cpu_isa, "BEST", best)
+    assert cpu_isa.model_dtype(device) == dtype

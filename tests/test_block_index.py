@@ -225,3 +225,11 @@ def test_plot_shows_positions():
     axis = BlockIndex(*listed).plot(70, 300).axes[0]
     assert axis.images[0].get_extent() == [0, 3 * 128, 230 + 2 * 64, 230]
     assert axis.get_xlim() == (0, 300) and axis.get_ylim() == (300, 230)
+
+
+def test_it_is_printed_as_shapes():
+    index = BlockIndex.from_mask(torch.ones(1, 2, 3, 4, dtype=torch.bool), 64, 32)
+    assert repr(index) == (
+        "BlockIndex(indices=int32[1, 2, 3, 4], counts=int32[1, 2, 3], q_block=64, kv_block=32, "
+        "sink=0, window=0)"
+    )

@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from sparse_attn import _ext
+
 ROOT = Path(__file__).parent.parent
 FOLDERS = ("sparse_attn/", "csrc/", "triton_kernels/")
 
@@ -232,3 +234,25 @@ def test_what_was_not_built_says_what_helps(tmp_path):
         env={**os.environ, "PYTHONPATH": str(source)}, capture_output=True, text=True,
     ).stdout  # fmt: skip
     assert "not built (SPARSE_ATTN_BUILD=none at build time: unset it, then reinstall)" in text
+
+
+def test_a_checkout_that_hides_an_installation(tmp_path, monkeypatch):
+    """Such as `pip install .` and then `python -m sparse_attn` in the same folder."""
+    site, checkout = tmp_path / "site", tmp_path / "checkout"
+    for folder in (site, checkout):
+        (folder / "sparse_attn").mkdir(parents=True)
+    monkeypatch.setattr(_ext, "__file__", str(checkout / "sparse_attn" / "_ext.py"))
+    monkeypatch.setattr(sys, "path", ["", str(checkout), str(site)])
+    (site / "sparse_attn" / "_C.abi3.so").touch()
+    assert _ext._hidden() is None  # not a checkout: nothing is hidden by one
+    (checkout / "setup.py").touch()
+    assert _ext._hidden() == site / "sparse_attn"
+    with pytest.warns(UserWarning, match=f"checkout {checkout}, which hides {site}.*install -e"):
+        monkeypatch.setattr(_ext, "import_module", _absent)
+        assert "start elsewhere" in _ext._load("_C", "C++ extension", "CPU_EXTENSION_MISSING")
+    (site / "sparse_attn" / "_C.abi3.so").unlink()
+    assert _ext._hidden() is None
+
+
+def _absent(name):
+    raise ModuleNotFoundError(name)

@@ -396,3 +396,11 @@ def test_large_pages_hold_the_same(shape, dtype):
     got.zero_()
     del x
     assert (got == 0).all()
+
+
+def test_it_is_printed_in_one_line():
+    context = build(*tensors())
+    shown = repr(context)
+    assert shown.startswith("SqueezedContext(fingerprint=None, layers=") and "length=" in shown
+    assert "key=float32[1, " in repr(context.layers[0])
+    assert all("tensor(" not in x and "\n" not in x for x in (shown, repr(context.layers[0])))

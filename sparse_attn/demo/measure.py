@@ -22,6 +22,9 @@ from ..probe import BASELINE, Probe, register_probe
 from .text import Prompt, corpus, prompt
 
 PICTURE_LAYER = 1
+HEAD = ("bytes", "method", "prefill", "speed-up", "attention", "speed-up", "density",
+        "bits/byte", "needles")  # fmt: skip
+LINE = "{:>7}  {:<14} {:>9} {:>9} {:>10} {:>9} {:>8} {:>10} {:>8}"
 LONG = 15.0  # seconds of a turn that is not repeated: long runs differ little
 
 
@@ -70,13 +73,16 @@ def main(args: argparse.Namespace) -> None:
         raise SystemExit(f"--out: {error}") from error
     model = LlamaForCausalLM.from_pretrained(args.model, dtype=model_dtype()).eval()
     print(f"{api.info()}\n")
-    rows: list[dict[str, Any]] = []
+    print(LINE.format(*HEAD))
+    notes: set[str] = set()
     steps = len(prompts) * len(probes) * (args.repeats + 1)
     with torch.inference_mode(), tqdm(total=steps, unit="run", leave=False) as bar:
         for given in prompts:
             bar.set_description(f"{given.ids.shape[1]:,} bytes")
-            rows += measure_length(model, probes, given, args.repeats, bar)
-    print_table(rows, probes)
+            rows = measure_length(model, probes, given, args.repeats, bar)
+            print_rows(rows, bar)
+            notes |= {f"* {row['fallback']}" for row in rows if row["fallback"]}
+    print_notes(probes, notes)
     picture(probes, args.out)
 
 
@@ -112,24 +118,14 @@ def measure_length(
     return rows
 
 
-def print_table(rows: list[dict[str, Any]], probes: dict[str, Probe]) -> None:
-    head = ("bytes", "method", "prefill", "speed-up", "attention", "speed-up", "density",
-            "bits/byte", "needles")  # fmt: skip
-    line = "{:>7}  {:<14} {:>9} {:>9} {:>10} {:>9} {:>8} {:>10} {:>8}"
-    print(line.format(*head))
-    base: dict[str, Any] = {}
-    notes = set()
+def print_rows(rows: list[dict[str, Any]], bar: tqdm) -> None:
+    """The rows of one length, above the bar; the first is the baseline."""
+    base = rows[0]
     for row in rows:
-        if row["method"] == BASELINE:
-            base = row
-        mark = ""
-        if row["fallback"]:
-            mark = " *"
-            notes.add(f"* {row['fallback']}")
-        print(
-            line.format(
+        bar.write(
+            LINE.format(
                 f"{row['length']:,}",
-                row["method"] + mark,
+                row["method"] + " *" * (row["fallback"] is not None),
                 f"{row['seconds']:.3f} s",
                 f"{base['seconds'] / row['seconds']:.2f}x",
                 f"{row['attention']:.3f} s",
@@ -139,6 +135,9 @@ def print_table(rows: list[dict[str, Any]], probes: dict[str, Probe]) -> None:
                 f"{row['recall']:.1%}",
             )
         )
+
+
+def print_notes(probes: dict[str, Probe], notes: set[str]) -> None:
     print(
         f"\n{BASELINE}: dense attention of PyTorch, the baseline of both speed-ups, all in "
         f"{str(model_dtype()).removeprefix('torch.')}. density: share "

@@ -29,8 +29,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "(default: %(default)s)",
     )  # fmt: skip
     for name, default, what in (
-        ("depths", 5, "depths at which needles lie"),
-        ("samples", 4, "needles, keys, chains per prompt"),
+        ("depths", 5, "how many depths needles lie at, evenly spaced"),
+        ("samples", 4, "how many needles, keys, chains per prompt"),
         ("repeats", 3, "runs that are timed"),
         ("layer", 1, "whose heads are drawn"),
     ):

@@ -156,7 +156,9 @@ def load(args: argparse.Namespace, text: str) -> tuple[Any, Source]:
     if args.model.startswith((".", "/")) and not Path(args.model).exists():
         raise SystemExit(f"--model: there is no {args.model}")  # not to be looked for elsewhere
     try:
-        model = AutoModelForCausalLM.from_pretrained(args.model, dtype=getattr(torch, dtype_of(args)))
+        model = AutoModelForCausalLM.from_pretrained(
+            args.model, dtype=getattr(torch, dtype_of(args))
+        )
         if model.config.get_text_config().vocab_size == 256:
             return model.to(device_of(args)).eval(), Source(text, lambda s: list(s.encode()))
         tokenizer = AutoTokenizer.from_pretrained(args.model)

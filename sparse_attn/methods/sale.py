@@ -106,7 +106,10 @@ class Sale:
             n = len(self.threshold)
             check.same("threshold", "number of heads", n, query.shape[1], "query")
         if query.shape[3] % 2 != 0:
-            return f"SALE packs two channels a byte, head_dim {query.shape[3]} is odd"
+            return (
+                f"SALE packs two channels a byte, head_dim {query.shape[3]} is odd; pad it with a "
+                "channel of zeros and give scale, or use another method"
+            )
         return sale.why_not(causal)
 
     def selector(
@@ -163,6 +166,7 @@ class SaleState:
     Attributes:
         config: how blocks are chosen.
         key_mean, query_mean: float32 [B, Hkv, D] and [B, Hq, D], None before the first chunk.
+        fallback: why the last chunk took the dense path, None if it did not.
     """
 
     def __init__(self, config: Sale | None = None) -> None:
@@ -175,6 +179,7 @@ class SaleState:
         """Forgets the means: for a new prompt."""
         self.key_mean: torch.Tensor | None = None
         self.query_mean: torch.Tensor | None = None
+        self.fallback: str | None = None
         self._keys = 0
 
     def attention(
@@ -207,7 +212,8 @@ class SaleState:
         self._keys = key.shape[2]
         options: dict[str, Any] = {"scale": scale, "backend": backend}
         how: dict[str, Any] = {"method": "dense"}
-        if api.dense_because(self.config, query, key, key.shape[2], fallback, backend) is None:
+        self.fallback = api.dense_because(self.config, query, key, key.shape[2], fallback, backend)
+        if self.fallback is None:
             means = {"key_mean": self.key_mean, "query_mean": self.query_mean}
             how = {"index": self.config.select(query.detach(), key.detach(), **options, **means)}
         return api.attention(query, key, value, **how, **options, return_lse=True)

@@ -26,6 +26,7 @@ def _(query, key, value, method, options="{}", causal=True, scale=None, block_ta
 def config_of(method, options):
     """The method's config from its name and a JSON object of its fields."""
     from ..methods import METHODS, resolve
+    from ..settings import build
 
     resolve(method)
     try:
@@ -34,10 +35,7 @@ def config_of(method, options):
         raise ValueError(f"options: expected a JSON object, got {options!r} ({error})") from None
     if not isinstance(fields, dict):
         raise ValueError(f"options: expected a JSON object, got {options!r}")
-    try:
-        return METHODS[method](**fields)
-    except TypeError as error:
-        raise ValueError(f"options: {method} does not take {options!r}: {error}") from None
+    return build(METHODS[method], method, fields, "options")
 
 
 @op.validate

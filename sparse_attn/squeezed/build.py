@@ -66,12 +66,15 @@ def _check_layer(
                tuple(key.shape[1:3]), f"keys[{i}]")  # fmt: skip
     check.same(f"queries[{i}]", "head_dim", query.shape[3], key.shape[3], f"keys[{i}]")
     check.heads(query, key)
-    if query.shape[2] != p.window:
-        raise ValueError(f"queries[{i}]: {query.shape[2]} queries, expected window, {p.window}")
     if key.shape[2] <= p.window:
         raise ValueError(
             f"keys[{i}]: {key.shape[2]} tokens, expected more than window, {p.window}: a context "
             "so short needs no clusters"
+        )
+    if query.shape[2] != p.window:
+        raise ValueError(
+            f"queries[{i}]: {query.shape[2]} queries, expected window, {p.window}: those of the "
+            "last tokens alone"
         )
 
 

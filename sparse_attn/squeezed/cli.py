@@ -116,8 +116,9 @@ def build(args: argparse.Namespace) -> None:
     Parameters(**options)
     _positive("--length", args.length)
     _writable("file", args.file)
+    text = corpus(args.text)
     model, tokenizer = _load_model(args.model, model_dtype())
-    ids = _encode(tokenizer, corpus(args.text))[: args.length]
+    ids = _encode(tokenizer, text)[: args.length]
     start = time.perf_counter()
     context = prepare(model, torch.tensor(ids), **options)
     context.save(args.file)

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from ..brief import brief
 from ..ops import _checks as check
 from ..ops.squeezed_attention import op as squeezed_attention
 from .calibrate import threshold_of
@@ -51,6 +52,8 @@ class SqueezedLayer(NamedTuple):
     coarse_scores: torch.Tensor | None
     shared: bool
     scale: float | None
+
+    __repr__ = brief
 
     @property
     def lookup(self) -> tuple[Any, ...]:
@@ -158,7 +161,7 @@ class Parameters:
         check.finite_scale(self.scale)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class SqueezedContext:
     """A fixed context, clustered: what `Squeezed` and `SqueezedCache` attend to.
 
@@ -173,6 +176,10 @@ class SqueezedContext:
     parameters: Parameters
     tokens: torch.Tensor | None = None
     fingerprint: str | None = None
+
+    def __repr__(self) -> str:
+        fields = (f"{name}={value!r}" for name, value in self.summary().items())
+        return f"SqueezedContext({', '.join(fields)})"
 
     @classmethod
     def build(

@@ -1,7 +1,7 @@
 """`python -m sparse_attn calibrate`: the cheapest values that keep enough, as a file."""
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import pytest
@@ -81,6 +81,27 @@ def test_the_budget_of_stages(folder):
         assert written[str(layer)]["kept"] >= 0.5 and written[str(layer)]["pairs"] < 1
 
 
+@pytest.mark.parametrize(
+    ("method", "field"),
+    [
+        ("flex_prefill:min_budget=0,block_size=16", "gamma"),
+        ("hip:sink=0,window=16,q_block=16,kv_block=4", "budget"),
+        ("infinite_hip:sink=0,window=16,q_block=16", "keeps"),
+        ("sale:q_block=16,kv_block=16,local=16,sink=0,min_length=0", "threshold"),
+    ],
+)
+def test_a_value_for_each_head_of_every_method(folder, method, field):
+    found = settings.read(calibrate(folder, "--method", method, "--mass", 0.9, "--heads"))
+    written = json.loads((folder / "mine.json").read_text())["measured"]["layers"]
+    assert all(layer["kept"] >= 0.9 for layer in written.values())
+    assert [len(getattr(config, field)) for config in found.layers.values()] == [4, 4]
+    register(folder / "mine.json", fallback=False)
+    ids = torch.randint(0, 256, (1, 200))
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder / "model")
+    model.set_attn_implementation("sparse_attn")
+    assert model(input_ids=ids).logits.isfinite().all()
+
+
 def trials():
     """Two heads; the first needs 3, the second is content with 2."""
     made = search.Trials(PerHead(), "size", (1, 2, 3))
@@ -145,15 +166,18 @@ def test_a_list_for_each_head_survives_the_file(tmp_path, monkeypatch):
     assert settings.read(tmp_path / "heads.json") == given
 
 
-def test_a_head_that_no_value_satisfies_is_dense():
+@pytest.mark.parametrize(
+    ("config", "field", "dense"), [(Sale(), "threshold", 0.0), (FlexPrefill(), "gamma", 1.0)]
+)
+def test_a_head_that_no_value_satisfies_is_dense(config, field, dense):
     """It keeps everything, and the report of what is kept says so."""
-    tried = search.Trials(Sale(), "threshold", (0.9, 0.5))
+    tried = search.Trials(config, field, (0.9, 0.5))
     tried.layers[0] = [
         search.Trial(0.9, [0.5, 0.97], [0.1, 0.1]),
         search.Trial(0.5, [0.8, 0.98], [0.2, 0.2]),
     ]
     found = search.assemble(tried, 0.96, heads=True)
-    assert found.layers == {0: Sale(threshold=(0.0, 0.9))}
+    assert found.layers == {0: replace(config, **{field: (dense, 0.9)})}
     assert search.report(tried, found) == {"0": {"kept": 0.985, "pairs": 0.55}}
 
 

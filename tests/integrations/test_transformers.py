@@ -323,3 +323,15 @@ def test_register_refuses_what_attention_would_not_take():
         integration.register("flex", "refused")
     with pytest.raises(TypeError, match=r"register: got \['gamma'\].*FlexPrefill\(gamma=0.9\)"):
         integration.register("flex_prefill", "refused", gamma=0.9)
+
+
+@pytest.mark.parametrize("name", ["sdpa", "eager", "flash_attention_2", "of_somebody_else"])
+def test_names_of_others_are_refused(name):
+    from transformers import AttentionInterface
+
+    before = AttentionInterface().get("sdpa")
+    if name == "of_somebody_else":
+        AttentionInterface.register(name, before)
+    with pytest.raises(ValueError, match=f"^name: '{name}' belongs to"):
+        integration.register("hip", name)
+    assert AttentionInterface().get("sdpa") is before

@@ -141,7 +141,10 @@ def test_a_state_takes_new_means_when_it_must():
     assert not step(0, 100) and step(100, 101) and not step(101, 102, heads=2), "other heads"
     state.reset()
     assert state.key_mean is state.query_mean is None
-    out, _ = SaleState().attention(query, key, value)  # shorter than min_length
+    assert state.fallback is None
+    state = SaleState()
+    out, _ = state.attention(query, key, value)
+    assert state.fallback == "300 keys are fewer than min_length, 1024"
     assert torch.equal(out, sparse_attn.attention(query, key, value, "dense"))
     with pytest.raises(TypeError, match="config: got 'sale', expected a Sale"):
         SaleState("sale")
