@@ -17,6 +17,8 @@ import sparse_attn
 from sparse_attn import cpu_isa
 
 RESULTS = Path(__file__).parent / "results"
+DTYPE = cpu_isa.model_dtype()  # in which this machine would run a model: the fair baseline's
+DTYPE_NAME = str(DTYPE).removeprefix("torch.")
 
 
 def hardware() -> dict[str, Any]:

@@ -10,7 +10,7 @@ from sparse_attn.crossover import CAUTIOUS, MEASURED
 from sparse_attn.methods import METHODS
 from sparse_attn.ops.block_sparse_attention import op as attend
 
-from ..harness import Report, check, time_in_turn
+from ..harness import DTYPE, Report, check, time_in_turn
 from ..inputs import gen
 
 KEYS = (1024, 2048, 4096, 8192, 16384)
@@ -20,7 +20,7 @@ QUERIES = (128, 512, 1024, 4096)
 def run(report: Report) -> None:
     for kind in ("sharp", "mixed"):
         q, k, v = gen(7, KEYS[-1], kind, Hq=8, Hkv=2, D=64)
-        tensors = [torch.from_numpy(x).transpose(1, 2).bfloat16() for x in (q, k, v)]
+        tensors = [torch.from_numpy(x).transpose(1, 2).to(DTYPE) for x in (q, k, v)]
         for name, places in MEASURED.items():
             least = places.get(BEST, CAUTIOUS)
             for n in KEYS:

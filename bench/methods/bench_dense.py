@@ -7,7 +7,7 @@ import torch.nn.functional as F
 
 from sparse_attn import attention
 
-from ..harness import Report, check, time_in_turn
+from ..harness import DTYPE, DTYPE_NAME, Report, check, time_in_turn
 
 
 def run(report: Report) -> None:
@@ -16,7 +16,7 @@ def run(report: Report) -> None:
 
 
 def measure(report: Report, n: int) -> None:
-    query, key, value = (torch.randn(1, 8, n, 128).bfloat16() for _ in range(3))
+    query, key, value = (torch.randn(1, 8, n, 128).to(DTYPE) for _ in range(3))
     alternatives = {
         "sdpa": lambda: F.scaled_dot_product_attention(query, key, value, is_causal=True),
         "ours": lambda: attention(query, key, value, "dense"),
@@ -24,7 +24,7 @@ def measure(report: Report, n: int) -> None:
     check(f"dense {n}", alternatives["ours"](), alternatives["sdpa"](), 1e-2)
     seconds = time_in_turn(alternatives, 7)
     report.add(
-        f"own dense vs sdpa, bfloat16, 8 x {n} x 128",
+        f"own dense vs sdpa, {DTYPE_NAME}, 8 x {n} x 128",
         seconds["sdpa"] / seconds["ours"],
         us=seconds["ours"] * 1e6,
     )

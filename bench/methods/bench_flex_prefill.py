@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from sparse_attn import FlexPrefill, attention, select
 from sparse_attn.ops.flex_prefill_select import op as choose
 
-from ..harness import Report, check, time_in_turn
+from ..harness import DTYPE, DTYPE_NAME, Report, check, time_in_turn
 from ..inputs import gen
 
 RECALL = 0.95
@@ -42,7 +42,7 @@ def best_density(mass: torch.Tensor, recall: float) -> float:
 def run(report: Report) -> None:
     for kind, n in (("sharp", 8192), ("sharp", 32768), ("mixed", 32768)):
         q, k, v = gen(7, n, kind, Hq=8, Hkv=2, D=64)
-        query, key, value = (torch.from_numpy(x).transpose(1, 2).bfloat16() for x in (q, k, v))
+        query, key, value = (torch.from_numpy(x).transpose(1, 2).to(DTYPE) for x in (q, k, v))
         end_to_end(report, kind, query, key, value)
 
 
@@ -89,7 +89,7 @@ def end_to_end(
         5 if n <= 8192 else 3,
     )
     report.add(
-        f"FlexPrefill vs sdpa, bfloat16, {kind}, 8 x {n} x 64, recall {recall:.3f}",
+        f"FlexPrefill vs sdpa, {DTYPE_NAME}, {kind}, 8 x {n} x 64, recall {recall:.3f}",
         seconds["sdpa"] / seconds["flex"],
         ">= 12" if n == 32768 and kind == "mixed" else "",
         gamma=config.gamma,

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from sparse_attn import HiP, InfiniteHiP, attention
 from sparse_attn.block_index import BlockIndex
 
-from ..harness import Report, check, time_in_turn
+from ..harness import DTYPE, DTYPE_NAME, Report, check, time_in_turn
 from ..inputs import gen, locality
 from ..recall import attention_mass, best_recall, recall
 
@@ -32,7 +32,7 @@ def run(report: Report) -> None:
     alike(report)
     against_dense(report)
     q, k, v = gen(7, 32768, "mixed")
-    end_to_end(report, *(torch.from_numpy(x).transpose(1, 2).bfloat16() for x in (q, k, v)))
+    end_to_end(report, *(torch.from_numpy(x).transpose(1, 2).to(DTYPE) for x in (q, k, v)))
 
 
 def alike(report: Report) -> None:
@@ -64,7 +64,7 @@ def alike(report: Report) -> None:
 def against_dense(report: Report) -> None:
     """Defaults of both methods beside own dense attention: from where on they pay."""
     q, k, v = gen(7, 32768, "mixed", Hq=8, Hkv=2, D=64)
-    tensors = [torch.from_numpy(x).transpose(1, 2).bfloat16() for x in (q, k, v)]
+    tensors = [torch.from_numpy(x).transpose(1, 2).to(DTYPE) for x in (q, k, v)]
     for n in (2048, 4096, 8192, 16384, 32768):
         for queries in (1, 128, min(n, 2048)):  # 2048: a chunk, whose rows see nearly all keys
             query = tensors[0][:, :, n - queries : n]
@@ -113,7 +113,7 @@ def end_to_end(report: Report, query: torch.Tensor, key: torch.Tensor, value: to
     for config in CONFIGS:
         name, budget, block = describe(config)
         report.add(
-            f"{name} vs sdpa, bfloat16, mixed, 4/2 x {n} x 64, budget {budget}",
+            f"{name} vs sdpa, {DTYPE_NAME}, mixed, 4/2 x {n} x 64, budget {budget}",
             seconds["sdpa"] / seconds[config],
             ">= 10" if kept[config] >= 0.95 else "",
             recall=kept[config],

@@ -7,14 +7,14 @@ import torch.nn.functional as F
 
 from sparse_attn import InfiniteHiP, attention
 
-from ..harness import Report, time_in_turn
+from ..harness import DTYPE, DTYPE_NAME, Report, time_in_turn
 from ..inputs import gen
 from ..recall import attention_mass, best_recall, recall
 
 
 def run(report: Report) -> None:
     q, k, v = gen(7, 32768, "mixed", Hq=4, Hkv=2, D=64)
-    query, key, value = (torch.from_numpy(x).transpose(1, 2).bfloat16() for x in (q, k, v))
+    query, key, value = (torch.from_numpy(x).transpose(1, 2).to(DTYPE) for x in (q, k, v))
     wide = [x.repeat_interleave(2, 1) for x in (key, value)]
     masses = attention_mass(query, key, 64, 16)
     for merge in ("none", "group", "all"):
@@ -28,7 +28,7 @@ def run(report: Report) -> None:
             1,
         )
         report.add(
-            f"InfiniteHiP vs sdpa, bfloat16, mixed, 4/2 x 32768 x 64, heads merged: {merge}",
+            f"InfiniteHiP vs sdpa, {DTYPE_NAME}, mixed, 4/2 x 32768 x 64, heads merged: {merge}",
             seconds["sdpa"] / seconds["x"],
             recall=recall(masses, config.select(query, key)),
             best=best_recall(masses, 2048, 8, config.sink, config.window),
