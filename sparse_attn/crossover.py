@@ -23,22 +23,26 @@ class Crossover(NamedTuple):
 
 
 # method -> instruction set of the C++ kernels -> what bench/results/crossover.json shows there
-# (crossover_amx.json for amx, hip.json for both methods of HiP)
+# (crossover_amx.json, crossover_avx2.json; for avx512bf16 hip.json for both methods of HiP)
 MEASURED: dict[str, dict[str, Crossover]] = {
     "flex_prefill": {
         "amx": Crossover(16384, 4096),
         "avx512bf16": Crossover(8192, 4096),
+        "avx2": Crossover(8192, 1024),
     },
     "sale": {
         # dense runs on the tile unit, the selection on vector units: about as long as all of dense
         "amx": Crossover(NEVER, 1),
         "avx512bf16": Crossover(8192, 512),
+        "avx2": Crossover(16384, 512),
     },
     "hip": {
         "avx512bf16": Crossover(4096, 128),
+        "avx2": Crossover(4096, 128),
     },
     "infinite_hip": {
         "avx512bf16": Crossover(16384, 128),
+        "avx2": Crossover(16384, 128),
     },
 }
 CAUTIOUS = Crossover(16384, 4096)  # where nobody has measured
