@@ -2,6 +2,8 @@
 #if defined(__x86_64__)
 #include <immintrin.h>
 
+#include <algorithm>
+
 #include "sale_estimate_tile.h"
 
 namespace sparse_attn {
@@ -103,26 +105,33 @@ class MaddEngine {
     }
   }
 
+  // sums of pairs of channels; a function of its own, so that all sums stay in registers
+  [[gnu::noinline]] static void multiply_some(const uint8_t* q, int64_t row_bytes,
+                                              const int8_t* keys, int64_t words,
+                                              __m256i (&out)[kRows][2]) {
+    __m256i sum[kRows][2];
+    for (int r = 0; r < kRows; ++r) sum[r][0] = sum[r][1] = _mm256_setzero_si256();
+    for (int64_t w = 0; w < words; ++w) {
+      const auto* at = reinterpret_cast<const __m256i*>(keys + w * kSquare * 4);
+      const __m256i k0 = _mm256_load_si256(at), k1 = _mm256_load_si256(at + 1);
+#pragma GCC unroll 4
+      for (int r = 0; r < kRows; ++r) {
+        const __m256i x = word(q + r * row_bytes + w * 4);
+        sum[r][0] = _mm256_add_epi16(sum[r][0], _mm256_maddubs_epi16(x, k0));
+        sum[r][1] = _mm256_add_epi16(sum[r][1], _mm256_maddubs_epi16(x, k1));
+      }
+    }
+    std::memcpy(out, sum, sizeof sum);
+  }
+
   // c = rows of codes plus 8 times 16 keys
   static void multiply(const uint8_t* q, int64_t row_bytes, const int8_t* keys, int64_t words,
                        __m256i (&c)[kRows][2]) {
     const __m256i ones = _mm256_set1_epi16(1);
-    for (int r = 0; r < kRows; ++r) c[r][0] = c[r][1] = _mm256_setzero_si256();
-    for (int64_t begin = 0; begin < words; begin += kFits) {
-      const int64_t end = begin + kFits < words ? begin + kFits : words;
+    for (auto& row : c) row[0] = row[1] = _mm256_setzero_si256();
+    for (int64_t w = 0; w < words; w += kFits) {
       __m256i sum[kRows][2];
-      for (int r = 0; r < kRows; ++r) sum[r][0] = sum[r][1] = _mm256_setzero_si256();
-      for (int64_t w = begin; w < end; ++w) {
-        const auto* at = reinterpret_cast<const __m256i*>(keys + w * kSquare * 4);
-        const __m256i k0 = _mm256_load_si256(at), k1 = _mm256_load_si256(at + 1);
-#pragma GCC unroll 4
-        for (int r = 0; r < kRows; ++r) {
-          const __m256i x = word(q + r * row_bytes + w * 4);
-          sum[r][0] = _mm256_add_epi16(sum[r][0], _mm256_maddubs_epi16(x, k0));
-          sum[r][1] = _mm256_add_epi16(sum[r][1], _mm256_maddubs_epi16(x, k1));
-        }
-      }
-#pragma GCC unroll 4
+      multiply_some(q + w * 4, row_bytes, keys + w * kSquare * 4, std::min(kFits, words - w), sum);
       for (int r = 0; r < kRows; ++r)
         for (int v = 0; v < 2; ++v)
           c[r][v] = _mm256_add_epi32(c[r][v], _mm256_madd_epi16(sum[r][v], ones));
