@@ -34,7 +34,7 @@ MEASURED: dict[str, dict[str, Crossover]] = {
         # dense runs on the tile unit, the selection on vector units: about as long as all of dense
         "amx": Crossover(NEVER, 1),
         "avx512bf16": Crossover(8192, 512),
-        "avx2": Crossover(16384, 512),
+        "avx2": Crossover(4096, 128),
     },
     "hip": {
         "avx512bf16": Crossover(4096, 128),

@@ -83,6 +83,32 @@ def test_one_method_that_is_not_dense(text, tmp_path, capsys, monkeypatch):
     assert "*" not in notes
 
 
+def test_long_runs_are_not_repeated_and_too_long_ones_left_out(text, tmp_path, capsys, monkeypatch):
+    from sparse_attn.demo import measure
+
+    runs, forward = [], measure.forward
+    monkeypatch.setattr(measure, "forward", lambda *args: runs.append(args[1]) or forward(*args))
+    monkeypatch.setattr(measure, "LENGTHS", (512, 1024))
+    monkeypatch.setattr(measure, "VERY_LONG", 0.0)
+    options = ("--text", text, "--out", tmp_path, "--method", "dense", "--repeats", 3)
+    demo(*options, "--lengths", 512)
+    assert runs == ["sdpa", "dense"]
+    rows, _ = table(capsys.readouterr().out)
+    assert all(float(row[0]) >= float(row[2]) > 0 for row in rows.values())
+    monkeypatch.setattr(measure, "VERY_LONG", 60.0)
+    demo(*options, "--lengths", 512)
+    assert runs[2:] == ["sdpa", "dense"] * 4
+    monkeypatch.setattr(measure, "TOO_LONG", 0.0)
+    capsys.readouterr()
+    demo(*options)
+    rows, notes = table(capsys.readouterr().out)
+    assert {length for length, _ in rows} == {"512"}
+    assert re.search(r"1,024 bytes and more were left out, .*: --lengths 1024 measures", notes)
+    demo(*options, "--lengths", 512, 1024)
+    rows, notes = table(capsys.readouterr().out)
+    assert {length for length, _ in rows} == {"512", "1,024"} and "left out" not in notes
+
+
 @dataclass(frozen=True)
 class SinkAndWindow:
     """A method that lists no block."""

@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 
 MODEL = Path(__file__).parents[2] / "demo" / "model"
+LENGTHS = (4096, 8192, 16384, 32768)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -18,8 +19,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="folder for the pictures (default: %(default)s)",
     )
     parser.add_argument(
-        "--lengths", type=int, nargs="+", default=[4096, 8192, 16384, 32768],
-        help="bytes per prompt (default: %(default)s)",
+        "--lengths", type=int, nargs="+",
+        help=f"bytes per prompt (default: those of {' '.join(map(str, LENGTHS))} that take no more "
+        "than a few minutes on this machine)",
     )  # fmt: skip
     parser.add_argument(
         "--model", type=Path, default=MODEL,
@@ -27,8 +29,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     parser.add_argument(
         "--repeats", type=int, default=3,
-        help="timed runs, in turn over the methods; one where a turn takes more than 15 s "
-        "(default: %(default)s)",
+        help="timed runs, in turn over the methods; one where a turn takes more than 15 s, the "
+        "first, untimed elsewhere, where it takes more than 60 s (default: %(default)s)",
     )  # fmt: skip
 
 

@@ -19,6 +19,7 @@ from ..cpu_isa import model_dtype
 from ..methods import meant
 from ..plot import plot_mass
 from ..probe import BASELINE, Probe, register_probe
+from . import LENGTHS
 from .text import Prompt, corpus, prompt
 
 PICTURE_LAYER = 1
@@ -26,6 +27,8 @@ HEAD = ("bytes", "method", "prefill", "speed-up", "attention", "speed-up", "dens
         "bits/byte", "needles")  # fmt: skip
 LINE = "{:>7}  {:<14} {:>9} {:>9} {:>10} {:>9} {:>8} {:>10} {:>8}"
 LONG = 15.0  # seconds of a turn that is not repeated: long runs differ little
+VERY_LONG = 60.0  # of a first turn that needs no other: what warms up is short beside it
+TOO_LONG = 240.0  # of a turn that nobody has asked for
 
 
 def register_all(wanted: list[str] | None) -> dict[str, Probe]:
@@ -66,7 +69,7 @@ def score(logits: torch.Tensor, given: Prompt) -> tuple[float, float]:
 def main(args: argparse.Namespace) -> None:
     probes = register_all(args.method)
     text = corpus(args.text)
-    prompts = [prompt(text, length) for length in sorted(set(args.lengths))]
+    prompts = [prompt(text, length) for length in sorted(set(args.lengths or LENGTHS))]
     try:
         args.out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -77,9 +80,19 @@ def main(args: argparse.Namespace) -> None:
     notes: set[str] = set()
     steps = len(prompts) * len(probes) * (args.repeats + 1)
     with torch.inference_mode(), tqdm(total=steps, unit="run", leave=False) as bar:
+        turn, of_length = 0.0, 1
         for given in prompts:
-            bar.set_description(f"{given.ids.shape[1]:,} bytes")
-            rows = measure_length(model, probes, given, args.repeats, bar)
+            length = given.ids.shape[1]
+            expected = turn * (length / of_length) ** 2
+            if expected > TOO_LONG and args.lengths is None:
+                notes.add(
+                    f"{length:,} bytes and more were left out, {expected / 60:.1f} minutes here: "
+                    f"--lengths {length} measures them"
+                )
+                break
+            bar.set_description(f"{length:,} bytes")
+            rows, turn = measure_length(model, probes, given, args.repeats, bar)
+            of_length = length
             print_rows(rows, bar)
             notes |= {f"* {row['fallback']}" for row in rows if row["fallback"]}
     print_notes(probes, notes)
@@ -88,18 +101,26 @@ def main(args: argparse.Namespace) -> None:
 
 def measure_length(
     model: LlamaForCausalLM, probes: dict[str, Probe], given: Prompt, repeats: int, bar: tqdm
-) -> list[dict[str, Any]]:
-    rows = []
+) -> tuple[list[dict[str, Any]], float]:
+    """The rows of one length, and the seconds of its first turn."""
+    rows, begin = [], time.perf_counter()
     for name, probe in probes.items():
-        probe.densities, probe.recorded, probe.record = [], [], True
-        logits, _ = forward(model, name, given.ids)  # also the warm-up
+        probe.densities, probe.recorded, probe.record, probe.seconds = [], [], True, 0.0
+        logits, seconds = forward(model, name, given.ids)  # also the warm-up
         probe.record = False
         bits, recall = score(logits, given)
         density = statistics.mean(probe.densities) if probe.densities else 1.0
         rows.append({"length": given.ids.shape[1], "method": name, "density": density,
                      "bits": bits, "recall": recall, "fallback": probe.fallback,
-                     "seconds": [], "attention": []})  # fmt: skip
+                     "seconds": [seconds], "attention": [probe.seconds]})  # fmt: skip
         bar.update()
+    first = time.perf_counter() - begin
+    if first > VERY_LONG:
+        bar.update(repeats * len(rows))
+        repeats = 0
+    else:
+        for row in rows:
+            row["seconds"], row["attention"] = [], []
     for turn in range(repeats):
         start = time.perf_counter()
         for row in rows:  # in turn, so that a slow moment of the machine hits all alike
@@ -115,7 +136,7 @@ def measure_length(
     for row in rows:
         row["seconds"] = statistics.median(row["seconds"])
         row["attention"] = statistics.median(row["attention"])
-    return rows
+    return rows, first
 
 
 def print_rows(rows: list[dict[str, Any]], bar: tqdm) -> None:
