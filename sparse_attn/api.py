@@ -59,8 +59,8 @@ def attention(
         key: [B, Hkv, Tk, D]; query head h reads KV head h // (Hq // Hkv).
         value: [B, Hkv, Tk, Dv].
         method: a name or a config such as `FlexPrefill(gamma=0.9)`.
-        index: attend to these blocks instead of selecting any; `method` is not looked at. A batch
-            of 1 serves every batch.
+        index: attend to these blocks instead of selecting any; `method` is not used. A batch of 1
+            serves every batch.
         causal: query i stands at position Tk - Tq + i and sees keys up to itself (bottom-right
             aligned, unlike torch's `is_causal`).
         scale: multiplies query @ key; None for 1 / sqrt(D).
@@ -125,9 +125,9 @@ def _cache(block_table: Any, kv_lengths: Any) -> dict[str, Any]:
 
 def _check(query: Any, key: Any, value: Any, causal: Any, scale: Any, cache: dict[str, Any]) -> int:
     """The checks of arguments before any choice; returns how many keys there is room for."""
+    capacity = check.cache(query, key, value, **cache)
     if value is None:
         raise TypeError("value: expected a tensor [B, Hkv, Tk, Dv], got None")
-    capacity = check.cache(query, key, value, **cache)
     check.boolean("causal", causal)
     check.finite_scale(scale)
     if causal and not cache:

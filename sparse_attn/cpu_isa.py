@@ -35,10 +35,10 @@ BEST = available()[-1] if _ext.cpp_missing is None else "portable"  # what is us
 
 
 def model_dtype(device: str = "cpu") -> torch.dtype:
-    """The dtype in which to run a model: bfloat16, on a CPU only if it multiplies bfloat16.
+    """The dtype in which to run a model: bfloat16, on a CPU if the kernels find AVX512-BF16 or AMX.
 
-    On others PyTorch takes many times as long in bfloat16 as in float32, beside which any kernel
-    would look fast.
+    On CPUs that do not multiply bfloat16 PyTorch takes many times as long in it as in float32,
+    beside which any kernel would look fast.
     """
     slow = device == "cpu" and BEST not in ("avx512bf16", "amx")
     return torch.float32 if slow else torch.bfloat16

@@ -308,6 +308,8 @@ def test_no_value(call):
     query, key, _ = inputs(Shape(Hq=2, Hkv=2, Tq=64, Tk=64, D=32))
     with pytest.raises(TypeError, match="^value: expected a tensor"):
         call(query, key, None, "dense")
+    with pytest.raises(TypeError, match="^key: expected a tensor"):
+        sparse_attn.select(query, None)
 
 
 def test_an_option_that_the_method_lacks():

@@ -45,7 +45,7 @@ def add_place(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", default=None, help="(default: cuda where there is one)")
     parser.add_argument(
         "--dtype", choices=["bfloat16", "float16", "float32"],
-        help="of the weights (default: bfloat16; float32 on CPUs that do not multiply bfloat16)",
+        help="of the weights (default: bfloat16; float32 on CPUs without AVX512-BF16 or AMX)",
     )  # fmt: skip
 
 

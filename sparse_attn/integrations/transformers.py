@@ -16,7 +16,6 @@ from ..methods.dense import Dense
 from ..ops.block_sparse_attention import op as block_sparse_attention
 from .masks import Span, spans
 
-REGISTERED: set[str] = set()  # by us: names that may be registered again
 REFUSED = {
     "softcap": "soft-capped scores; use 'eager'",
     "dropout": "dropout, it is for inference; call model.eval()",
@@ -137,14 +136,18 @@ def register_function(
             out = by_sequence(part, query, key, value, spans(attention_mask, query, key, window))
         return out.transpose(1, 2).contiguous(), None
 
-    if name not in REGISTERED and (name == "eager" or name in AttentionInterface()):
+    if name == "eager" or not _is_ours(AttentionInterface().get(name)):
         raise ValueError(
             f"name: {name!r} belongs to transformers or to another library, expected another name"
         )
-    REGISTERED.add(name)
     AttentionInterface.register(name, forward)
     # without a mask function of the same name a padded batch would arrive without its mask
     AttentionMaskInterface.register(name, sdpa_mask)
+
+
+def _is_ours(registered: Any) -> bool:
+    """Whether a name is free, or was given to a function of this package."""
+    return registered is None or registered.__module__.startswith("sparse_attn.")
 
 
 def by_sequence(

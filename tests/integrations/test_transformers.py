@@ -335,3 +335,12 @@ def test_names_of_others_are_refused(name):
     with pytest.raises(ValueError, match=f"^name: '{name}' belongs to"):
         integration.register("hip", name)
     assert AttentionInterface().get("sdpa") is before
+
+
+def test_names_of_ours_may_be_given_again():
+    """Those of `register_timed` and of the squeezed cache too."""
+    from sparse_attn.probe import Probe, register_probe
+
+    register_probe(Probe(None), "given_twice")
+    integration.register("hip", "given_twice")
+    integration.register("sale", "given_twice")

@@ -42,15 +42,22 @@ def with_values(name, picks):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("name", CONFIGS)
-@settings(max_examples=12)
+@settings(max_examples=8)
 @given(
     picks=st.lists(st.integers(0, 3), min_size=4, max_size=4),
     kv_heads=st.sampled_from([1, 2, 4]),
-    tokens=st.integers(1, 300),
+    tokens=st.integers(1, 150),
     earlier=st.integers(0, 90),
+    many=st.sampled_from([100, 1024]),
 )
-def test_each_head_chooses_by_its_own_value(name, backend, picks, kv_heads, tokens, earlier):
-    config, alone = with_values(name, picks)
+def test_each_head_chooses_by_its_own_value(name, backend, picks, kv_heads, tokens, earlier, many):
+    """Alone, as in calls of many queries, or of what all heads chose."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("sparse_attn.methods._by_head.MANY", many)
+        check_each(*with_values(name, picks), backend, kv_heads, tokens, earlier)
+
+
+def check_each(config, alone, backend, kv_heads, tokens, earlier):
     query, key, value = tensors(Hkv=kv_heads, Tq=tokens, Tk=tokens + earlier)
     options = {"backend": backend, "fallback": False}
     got, lse = sparse_attn.attention(query, key, value, config, return_lse=True, **options)
@@ -132,12 +139,62 @@ def test_what_is_no_legal_list(make, message):
         make()
 
 
-@pytest.mark.parametrize("config", [FlexPrefill(gamma=(0.9,) * 3), HiP(budget=(64,) * 3)], ids=str)
-@pytest.mark.parametrize("call", [sparse_attn.select, sparse_attn.attention])
-def test_as_many_values_as_heads(config, call):
+def of_the_config(query, key, value, config):
+    return config.select(query, key)
+
+
+def of_a_state(query, key, value, config):
+    return HiPState(config).attention(query, key, value)
+
+
+@pytest.mark.parametrize("values", [(64,) * 3, (8, 9, 8, 9, 8), (8, 9, 8, 9, 10)], ids=str)
+@pytest.mark.parametrize("call", [sparse_attn.attention, of_the_config, of_a_state])
+def test_as_many_values_as_heads(values, call):
     query, key, value = tensors(Tq=130, Tk=130)
-    with pytest.raises(ValueError, match="number of values is 3, expected 4 as in the heads of q"):
-        call(query, key, *[value] * (call is sparse_attn.attention), config)
+    message = f"budget: number of values is {len(values)}, expected 4 as in the heads of query"
+    with pytest.raises(ValueError, match=message):
+        call(query, key, value, HiP(budget=values))
+    with pytest.raises(ValueError, match="^gamma: number of values is 3, expected 4"):
+        FlexPrefill(gamma=(0.9, 0.8, 0.9)).select(query, key)
+
+
+def test_pages_are_not_copied():
+    """The keys that choose are the pool itself, whatever the number of queries."""
+    seen = []
+
+    class Watched(HiP):
+        def selector(self, query, key, *rest):
+            seen.append(key.data_ptr())
+            return super().selector(query, key, *rest)
+
+    query, key, _ = tensors(B=1, Tq=1100, Tk=1120)
+    pages = key[0].unflatten(1, (35, 32)).transpose(0, 1).contiguous()
+    table = torch.arange(35, dtype=torch.int32)[None]
+    Watched(budget=(8, 8, 16, 16)).select(query, pages, block_table=table)
+    assert seen == [pages.data_ptr()] * 2
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_exported_for_any_length(name):
+    config, _ = with_values(name, (0, 2, 1, 0))
+
+    class Module(torch.nn.Module):
+        def forward(self, query, key, value):
+            return sparse_attn.attention(query, key, value, config, fallback=False)
+
+    length = {2: torch.export.Dim("length", min=600, max=4096)}
+    example = tensors(Tq=700, Tk=700)
+    program = torch.export.export(Module(), example, dynamic_shapes=(length,) * 3).module()
+    other = tensors(Tq=900, Tk=900)
+    torch.testing.assert_close(program(*other), Module()(*other))
+
+
+def test_numbers_of_numpy():
+    numpy = pytest.importorskip("numpy")
+    assert FlexPrefill(gamma=numpy.float64(0.5)).gamma == 0.5
+    assert HiP(budget=numpy.int64(64)).budget == 64
+    with pytest.raises((TypeError, ValueError), match="^gamma: got array"):
+        FlexPrefill(gamma=numpy.array([0.5, 0.6]))
 
 
 def test_configs_with_lists_have_a_hash():
