@@ -91,7 +91,7 @@ def attention(
     why_dense = selector = None
     dense = False
     if index is not None:
-        resolve(method)
+        _spelt(method)
         chosen, name = _given(index, query), "index"
     else:
         config = _able(method, query, key, causal, cache)
@@ -141,6 +141,12 @@ def _not_in_a_graph() -> None:
             msg="return_stats=True reads the index on the host, which a whole graph cannot: leave "
             "it out here, or compile with fullgraph=False"
         )
+
+
+def _spelt(method: Any) -> None:
+    """Refuses a method that is none, although an index takes its place."""
+    if method is not None:
+        resolve(method)
 
 
 def _given(index: Any, query: torch.Tensor) -> BlockIndex:
@@ -278,7 +284,7 @@ def explain(
     capacity = _check(query, key, value, causal, scale, cache)
     backend = requested(backend)
     if index is not None:
-        resolve(method)
+        _spelt(method)
         lines, chosen = ["over the index given"], _given(index, query)
     else:
         config = resolve(method)

@@ -301,6 +301,7 @@ def test_a_misspelt_method_beside_an_index(call):
     index = sparse_attn.select(query, key, "dense")
     with pytest.raises(ValueError, match="^method: got 'hipp', .* did you mean 'hip'"):
         call(query, key, value, "hipp", index=index)
+    call(query, key, value, None, index=index)
 
 
 @pytest.mark.parametrize("call", [sparse_attn.attention, sparse_attn.explain])
