@@ -15,10 +15,11 @@ import torch
 
 import sparse_attn
 from sparse_attn import cpu_isa
+from sparse_attn.brief import dtype_name
 
 RESULTS = Path(__file__).parent / "results"
 DTYPE = cpu_isa.model_dtype()  # in which this machine would run a model: the fair baseline's
-DTYPE_NAME = str(DTYPE).removeprefix("torch.")
+DTYPE_NAME = dtype_name(DTYPE)
 
 
 def hardware() -> dict[str, Any]:

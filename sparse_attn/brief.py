@@ -7,6 +7,11 @@ from typing import Any
 import torch
 
 
+def dtype_name(dtype: torch.dtype) -> str:
+    """As in "float32"."""
+    return str(dtype).removeprefix("torch.")
+
+
 def brief(x: Any) -> str:
     """The `__repr__` of a NamedTuple that holds tensors."""
     fields = (f"{name}={_one(value)}" for name, value in x._asdict().items())
@@ -15,5 +20,5 @@ def brief(x: Any) -> str:
 
 def _one(value: Any) -> str:
     if isinstance(value, torch.Tensor):
-        return f"{str(value.dtype).removeprefix('torch.')}{list(value.shape)}"
+        return f"{dtype_name(value.dtype)}{list(value.shape)}"
     return repr(value)

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch.nn.attention.flex_attention import flex_attention
 
 from sparse_attn import BlockIndex, attention
+from sparse_attn.brief import dtype_name
 from sparse_attn.ops.block_sparse_attention import op
 
 from ..harness import Report, check, time_in_turn
@@ -33,7 +34,7 @@ def run(report: Report) -> None:
 
 
 def prefill(report: Report, dtype: torch.dtype) -> None:
-    name = str(dtype).removeprefix("torch.")
+    name = dtype_name(dtype)
     query, key, value = (torch.randn(1, HEADS, TOKENS, DIM).to(dtype) for _ in range(3))
     full = BlockIndex.full(TOKENS, TOKENS, 64, 64)
     sparse = {share: random_index(share, 64) for share in (0.1, 0.25, 0.5)}

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 
 from sparse_attn import BlockIndex
+from sparse_attn.brief import dtype_name
 from sparse_attn.ops.block_sparse_attention import op as attend
 from sparse_attn.ops.block_sparse_attention_backward import op
 
@@ -22,7 +23,7 @@ def run(report: Report) -> None:
 
 
 def gradients(report: Report, dtype: torch.dtype) -> None:
-    name = str(dtype).removeprefix("torch.")
+    name = dtype_name(dtype)
     query, key, value, grad = (torch.randn(1, HEADS, TOKENS, DIM).to(dtype) for _ in range(4))
     leaves = [x.clone().requires_grad_() for x in (query, key, value)]
     dense = F.scaled_dot_product_attention(*leaves, is_causal=True)

@@ -10,15 +10,15 @@ from sparse_attn.methods.hip import HiP, HiPState
 from sparse_attn.ops.hip_attention import op
 from sparse_attn.ops.hip_select import op as select
 
-from ..harness import Report, check, time_in_turn
+from ..harness import DTYPE, DTYPE_NAME, Report, check, time_in_turn
 
 LENGTH = 32768
 
 
 def run(report: Report) -> None:
     generator = torch.Generator().manual_seed(0)
-    query = torch.randn(1, 4, LENGTH, 64, generator=generator).bfloat16()
-    key, value = (torch.randn(1, 1, LENGTH, 64, generator=generator).bfloat16() for _ in range(2))
+    query = torch.randn(1, 4, LENGTH, 64, generator=generator).to(DTYPE)
+    key, value = (torch.randn(1, 1, LENGTH, 64, generator=generator).to(DTYPE) for _ in range(2))
     wide = [x.expand(-1, 4, -1, -1) for x in (key, value)]
     for share in (False, True):
         options = {"share_kv_heads": share}
@@ -31,7 +31,7 @@ def run(report: Report) -> None:
             1,
         )
         report.add(
-            f"HiP k = 512 vs sdpa, 4/1 x {LENGTH} x 64, bfloat16, shared {share}",
+            f"HiP k = 512 vs sdpa, 4/1 x {LENGTH} x 64, {DTYPE_NAME}, shared {share}",
             seconds["sdpa"] / seconds["hip"],
             select_share=seconds["select"] / seconds["hip"],
             ms=seconds["hip"] * 1e3,

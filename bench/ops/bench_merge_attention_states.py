@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from sparse_attn.brief import dtype_name
 from sparse_attn.ops.merge_attention_states import op
 
 from ..harness import Report, check, time_in_turn
@@ -25,7 +26,7 @@ def run(report: Report) -> None:
         seconds = time_in_turn(
             {"plain": lambda s=states: plain(*s), "ours": lambda s=states: op(*s)}
         )
-        name = str(dtype).removeprefix("torch.")
+        name = dtype_name(dtype)
         report.add(
             f"merge vs plain PyTorch, {name}, 8 x 8192 x 128",
             seconds["plain"] / seconds["ours"],

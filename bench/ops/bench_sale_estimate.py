@@ -11,7 +11,7 @@ from sparse_attn.ops.sale_quantize import op as quantize
 from sparse_attn.ops.sale_select import op as select
 from sparse_attn.ops.sale_threshold import op as bar
 
-from ..harness import Report, time_in_turn
+from ..harness import DTYPE, DTYPE_NAME, Report, time_in_turn
 from ..inputs import gen
 
 HEADS, KEY_HEADS = 8, 2
@@ -20,14 +20,16 @@ HEADS, KEY_HEADS = 8, 2
 def run(report: Report) -> None:
     for n, dim, threshold in (
         (8192, 64, 0.004),
+        (8192, 128, 0.004),
         (32768, 64, 0.004),
         (32768, 128, 0.004),
         # a bar that nothing reaches: no tile stops early
+        (8192, 64, 1e30),
         (32768, 64, 1e30),
         (32768, 128, 1e30),
     ):
         q, k, v = gen(7, n, "mixed", Hq=HEADS, Hkv=KEY_HEADS, D=dim)
-        query, key, value = (torch.from_numpy(x).transpose(1, 2).bfloat16() for x in (q, k, v))
+        query, key, value = (torch.from_numpy(x).transpose(1, 2).to(DTYPE) for x in (q, k, v))
         measure(report, query, key, value, threshold)
 
 
@@ -64,6 +66,7 @@ def measure(
         seconds["select"] / seconds["dense"],
         "<= 0.35" if n == 32768 else "",
         density=BlockIndex(*lists, 64, 32).density(n, n),
+        dtype=DTYPE_NAME,
         ms=seconds["select"] * 1e3,
         **{f"{name}_ms": seconds[name] * 1e3 for name in list(seconds)[1:-1]},
     )

@@ -15,6 +15,7 @@ from tqdm import tqdm
 from transformers import LlamaForCausalLM
 
 from .. import METHODS, api, mass
+from ..brief import dtype_name
 from ..cpu_isa import model_dtype
 from ..methods import meant
 from ..plot import plot_mass
@@ -161,7 +162,7 @@ def print_rows(rows: list[dict[str, Any]], bar: tqdm) -> None:
 def print_notes(probes: dict[str, Probe], notes: set[str]) -> None:
     print(
         f"\n{BASELINE}: dense attention of PyTorch, the baseline of both speed-ups, all in "
-        f"{str(model_dtype()).removeprefix('torch.')}. density: share "
+        f"{dtype_name(model_dtype())}. density: share "
         "of the causal blocks computed.\nneedles: share of the planted digits predicted at the end "
         "of the prompt. The model was trained on up to 4,096 bytes:\nbeyond that dense attention "
         "loses needles too, so compare each method with sdpa at the same length."

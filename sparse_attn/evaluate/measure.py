@@ -18,6 +18,7 @@ from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from .. import __version__, cpu_isa
+from ..brief import dtype_name
 from ..cpu_isa import model_dtype
 from ..demo.text import Prompt, corpus
 from ..integrations import squeezed
@@ -147,8 +148,7 @@ def device_of(args: argparse.Namespace) -> str:
 
 
 def dtype_of(args: argparse.Namespace) -> str:
-    default = model_dtype(torch.device(device_of(args)).type)
-    return args.dtype or str(default).removeprefix("torch.")
+    return args.dtype or dtype_name(model_dtype(torch.device(device_of(args)).type))
 
 
 def load(args: argparse.Namespace, text: str) -> tuple[Any, Source]:

@@ -53,7 +53,7 @@ class FlexPrefill:
     def selector(
         self, query: torch.Tensor, key: torch.Tensor, causal: bool, scale: float | None
     ) -> tuple[Op, tuple[Any, ...]]:
-        gamma = max(by_head.each(self))
+        gamma = max(by_head.each(self))  # of the choice as a whole: what keeps most
         return ops.op, (
             query, key, gamma, self.tau, self.min_budget, self.max_budget, self.block_size,
             self.variant, causal, scale,
@@ -69,8 +69,7 @@ class FlexPrefill:
         backend: str | None = None,
     ) -> BlockIndex:
         if by_head.values(self):
-            options = {"causal": causal, "scale": scale, "backend": backend}
-            return by_head.select(self, query, key, **options)
+            return by_head.select(self, query, key, causal=causal, scale=scale, backend=backend)
         op, args = self.selector(query, key, causal, scale)
         indices, counts, _ = op(*args, backend=backend)
         return BlockIndex(indices, counts, self.block_size, self.block_size)

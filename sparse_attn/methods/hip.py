@@ -37,9 +37,10 @@ class Search:
         kv_lengths: torch.Tensor | None = None,
     ) -> BlockIndex:
         if by_head.values(self):
-            cache = {"block_table": block_table, "kv_lengths": kv_lengths}
-            options = {"causal": causal, "scale": scale, "backend": backend, **cache}
-            return by_head.select(self, query, key, **options)
+            return by_head.select(
+                self, query, key, causal=causal, scale=scale, backend=backend,
+                block_table=block_table, kv_lengths=kv_lengths,
+            )  # fmt: skip
         op, args = self.selector(query, key, causal, scale, block_table, kv_lengths)
         indices, counts = op(*args, backend=backend)
         return BlockIndex(indices, counts, self.q_block, self.kv_block, self.sink, self.window)

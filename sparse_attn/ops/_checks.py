@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from .. import _ext
+from ..brief import dtype_name
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 MAX_TOKENS = 2**31 - 256  # of queries and keys together
@@ -27,7 +28,7 @@ def tensor(name: str, x: Any, shape: tuple[str, ...], dtypes: tuple[torch.dtype,
             f"got shape {tuple(x.shape)}"
         )
     if x.dtype not in dtypes:
-        accepted = ", ".join(str(d).removeprefix("torch.") for d in dtypes)
+        accepted = ", ".join(dtype_name(d) for d in dtypes)
         raise TypeError(f"{name}: expected dtype {accepted}, got {x.dtype}")
     if 0 in x.shape:
         for dim, label in enumerate(shape):

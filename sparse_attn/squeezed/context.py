@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from ..brief import brief
+from ..brief import brief, dtype_name
 from ..ops import _checks as check
 from ..ops.squeezed_attention import op as squeezed_attention
 from .calibrate import threshold_of
@@ -285,7 +285,7 @@ class SqueezedContext:
             "query_heads": layer.scores.shape[0] if not layer.shared else None,
             "head_dim": layer.key.shape[3],
             "value_dim": layer.value.shape[3],
-            "dtype": str(layer.key.dtype).removeprefix("torch."),
+            "dtype": dtype_name(layer.key.dtype),
             "length": self.length,
             "clusters_per_layer": [x.centroids.shape[2] for x in self.layers],
             "coarse_clusters": None if layer.children is None else layer.children.shape[2] - 1,

@@ -79,7 +79,7 @@ def check_each(config, alone, backend, kv_heads, tokens, earlier):
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_values_matter(name):
-    """Other heads than the last keep more by the same value in another place."""
+    """The heads with the larger value keep more."""
     query, key, _ = tensors(Tq=300, Tk=300)
     index = sparse_attn.select(query, key, with_values(name, (0, 3, 0, 3))[0])
     kept = index.counts.sum((0, 2))
@@ -87,7 +87,7 @@ def test_values_matter(name):
 
 
 def test_pages():
-    query, key, value = tensors(Tq=1, Tk=256)
+    query, key, _ = tensors(Tq=1, Tk=256)
     config, _ = with_values("hip", (0, 2, 1, 0))
     pages = key.unflatten(2, (8, 32)).transpose(1, 2).flatten(0, 1)
     table = torch.arange(16, dtype=torch.int32).view(2, 8)
